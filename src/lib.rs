@@ -1,0 +1,9 @@
+//! A KV cache for LLM servers: contiguous in virtual memory, backed by physical memory on demand.
+
+pub mod driver;
+pub mod error;
+pub mod stats;
+pub(crate) mod sync;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,149 @@
+//! Where locks and atomics come from, chosen here and nowhere else: parking_lot, or loom under
+//! `--cfg loom`.
+//!
+//! Locks are ranked. A thread that holds a lock may only take locks of a higher rank, and holds
+//! none while it calls the driver; debug builds assert both.
+//!
+//! | rank | lock | owner |
+//! |---|---|---|
+//! | 1 | slot table | [`cache`](crate::cache) |
+//! | 2 | pool | [`cache`](crate::cache) |
+
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic;
+#[cfg(not(loom))]
+pub(crate) use std::sync::atomic;
+
+#[cfg(debug_assertions)]
+thread_local! {
+    /// The ranks of the locks that this thread holds, in the order they were taken.
+    static HELD: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+/// A mutual exclusion lock with a place in the order of all locks.
+#[derive(Debug)]
+pub(crate) struct Ranked<T, const RANK: u8> {
+    #[cfg(not(loom))]
+    inner: parking_lot::Mutex<T>,
+    #[cfg(loom)]
+    inner: loom::sync::Mutex<T>,
+}
+
+/// Holds the lock until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Guard<'a, T, const RANK: u8> {
+    #[cfg(not(loom))]
+    inner: parking_lot::MutexGuard<'a, T>,
+    #[cfg(loom)]
+    inner: loom::sync::MutexGuard<'a, T>,
+}
+
+impl<T, const RANK: u8> Ranked<T, RANK> {
+    pub(crate) fn new(value: T) -> Self {
+        Self {
+            #[cfg(not(loom))]
+            inner: parking_lot::Mutex::new(value),
+            #[cfg(loom)]
+            inner: loom::sync::Mutex::new(value),
+        }
+    }
+
+    /// Takes the lock.
+    ///
+    /// # Panics
+    /// In debug builds, if this thread holds a lock of the same rank or a higher one.
+    pub(crate) fn lock(&self) -> Guard<'_, T, RANK> {
+        #[cfg(debug_assertions)]
+        HELD.with_borrow_mut(|held| {
+            assert!(
+                held.last().is_none_or(|last| *last < RANK),
+                "a lock of rank {RANK} is taken while {held:?} are held"
+            );
+            held.push(RANK);
+        });
+        Guard {
+            #[cfg(not(loom))]
+            inner: self.inner.lock(),
+            #[cfg(loom)]
+            inner: self.inner.lock().expect("loom locks are not poisoned"),
+        }
+    }
+
+    pub(crate) fn get_mut(&mut self) -> &mut T {
+        #[cfg(not(loom))]
+        {
+            self.inner.get_mut()
+        }
+        #[cfg(loom)]
+        {
+            self.inner.get_mut().expect("loom locks are not poisoned")
+        }
+    }
+}
+
+impl<T, const RANK: u8> std::ops::Deref for Guard<'_, T, RANK> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T, const RANK: u8> std::ops::DerefMut for Guard<'_, T, RANK> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+#[cfg(debug_assertions)]
+impl<T, const RANK: u8> Drop for Guard<'_, T, RANK> {
+    fn drop(&mut self) {
+        // During a thread's end the list may be gone already; then there is nothing left to check.
+        let _ = HELD.try_with(|held| {
+            let mut held = held.borrow_mut();
+            if let Some(place) = held.iter().rposition(|rank| *rank == RANK) {
+                held.remove(place);
+            }
+        });
+    }
+}
+
+/// Asserts, in debug builds, that this thread holds no ranked lock: called where the driver is.
+pub(crate) fn assert_unlocked() {
+    #[cfg(debug_assertions)]
+    HELD.with_borrow(|held| {
+        assert!(held.is_empty(), "the driver is called while locks of rank {held:?} are held");
+    });
+}
+
+#[cfg(all(test, not(loom), debug_assertions))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ascending_ranks_are_fine() {
+        let (low, high) = (Ranked::<_, 1>::new(()), Ranked::<_, 2>::new(()));
+        {
+            let _low = low.lock();
+            let _high = high.lock();
+        }
+        assert_unlocked();
+        drop(high.lock());
+        drop(low.lock());
+    }
+
+    #[test]
+    #[should_panic(expected = "a lock of rank 1 is taken while [2] are held")]
+    fn a_descent_is_caught() {
+        let (low, high) = (Ranked::<_, 1>::new(()), Ranked::<_, 2>::new(()));
+        let _high = high.lock();
+        let _low = low.lock();
+    }
+
+    #[test]
+    #[should_panic(expected = "the driver is called while locks of rank [1] are held")]
+    fn a_driver_call_under_a_lock_is_caught() {
+        let lock = Ranked::<_, 1>::new(());
+        let _guard = lock.lock();
+        assert_unlocked();
+    }
+}
