@@ -19,7 +19,7 @@
 //! | `cuda` | its place: same folder, same trait |
 //!
 //! The checks of arguments live above the seam, once, in [`owned`]; [`checked`] asserts that they
-//! do. [`conformance`] is the suite that every backend passes.
+//! do. `tests/conformance.rs` is the suite that every backend passes.
 //!
 //! Every method may be called from several threads at once.
 
@@ -29,7 +29,6 @@ use crate::error::Result;
 use crate::units::{Bytes, Device, DeviceAddr, GranuleSize};
 
 pub mod checked;
-pub mod conformance;
 pub mod host;
 pub mod ledger;
 pub mod owned;
