@@ -2,6 +2,8 @@
 
 pub mod driver;
 pub mod error;
+pub mod geometry;
+pub mod layout;
 pub mod stats;
 pub(crate) mod sync;
 pub mod units;
