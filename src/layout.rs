@@ -163,7 +163,7 @@ impl View {
     }
 
     /// The largest power of two that divides the address of every head of every token, at most a
-    /// granule. Vectorised kernels want 16 bytes: every published model gives that.
+    /// granule. Vectorised kernels want 16 bytes, which every preset gives in every layout.
     #[must_use]
     pub fn alignment(&self) -> Bytes {
         let [outer, token, head, _] = self.strides.map(|stride| (self.dtype.bytes() * stride).get());
@@ -186,8 +186,8 @@ pub struct Layout {
     tensors: Vec<TensorLayout>,
     /// For each layer its keys' and its values' place.
     places: Vec<[Option<Place>; 2]>,
-    /// The different rows and how many tensors have each: a cache has one or two rows, however many
-    /// tensors, so that sums over tensors stay short.
+    /// The different rows and how many tensors have each: models have few kinds of layers, so that
+    /// sums over hundreds of tensors stay short.
     rows: Vec<(Bytes, u64)>,
     granule: GranuleSize,
     slots: u32,
