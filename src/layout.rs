@@ -338,6 +338,16 @@ impl Layout {
         whole.map_or(self.max_tokens, |whole| TokenCount::new(whole).min(self.max_tokens))
     }
 
+    /// The most tokens whose tiles all end within `tokens`: the inverse of
+    /// [`round_to_tile`](Self::round_to_tile).
+    #[must_use]
+    pub fn tile_floor(&self, tokens: TokenCount) -> TokenCount {
+        if tokens >= self.max_tokens {
+            return self.max_tokens;
+        }
+        TokenCount::new(tokens.get() - tokens.get() % u64::from(self.tile_tokens))
+    }
+
     /// A layer's keys or values by slot: `[slots, max_tokens, heads, dim]`.
     ///
     /// The second dimension ends at the most tokens of a slot; its stride leads on to more addresses,

@@ -134,24 +134,25 @@ impl Reservation {
 
     /// Puts memory behind the addresses from `offset` on, readable and writable. Whole or not at all.
     ///
-    /// The range must be free of mappings: the room [`tensor`](crate::tensor) keeps that book, and
-    /// every driver refuses an overlap.
+    /// The range must be free of mappings: the room `tensor` keeps that book, and every driver
+    /// refuses an overlap.
     ///
     /// # Errors
     /// [`InvalidArgument`](ErrorKind::InvalidArgument) for a range that is not on granules or not
-    /// inside; the driver's otherwise.
-    pub fn map(self: &Arc<Self>, offset: Bytes, memory: &PhysicalMemory) -> Result<Mapping> {
+    /// inside; the driver's otherwise. [`MapError::stuck`] is what could neither be made usable nor
+    /// taken away again.
+    pub fn map(self: &Arc<Self>, offset: Bytes, memory: &PhysicalMemory) -> Result<Mapping, MapError> {
         let size = memory.size;
         self.driver.check_size("a mapping", size)?;
         let end = offset.checked_add(size);
         if !self.driver.info().granule.divides(offset) || end.is_none_or(|end| end > self.size) {
-            return Err(Error::new(
+            return Err(MapError::from(Error::new(
                 ErrorKind::InvalidArgument,
                 format!(
                     "a mapping of {size} at offset {offset} is not on granules inside the reservation of {}",
                     self.size
                 ),
-            ));
+            )));
         }
         let addr = self.addr + offset;
         // SAFETY:
@@ -161,8 +162,26 @@ impl Reservation {
         // - the handle is released only when `memory` is dropped.
         self.driver.call(Verb::Map, |driver| unsafe { driver.map(addr, size, memory.handle) })?;
         let mapping = Mapping { reservation: Arc::clone(self), addr, size, mapped: true };
-        mapping.give_access()?;
-        Ok(mapping)
+        match mapping.give_access() {
+            Ok(()) => Ok(mapping),
+            Err(error) => Err(MapError { error, stuck: mapping.unmap().err().map(|(mapping, _)| mapping) }),
+        }
+    }
+}
+
+/// Why memory could not be put behind addresses.
+#[derive(Debug)]
+pub struct MapError {
+    /// What the driver refused.
+    pub error: Error,
+    /// The mapping, where the driver would not take it away again either: without access, and in
+    /// the way of another.
+    pub stuck: Option<Mapping>,
+}
+
+impl From<Error> for MapError {
+    fn from(error: Error) -> Self {
+        Self { error, stuck: None }
     }
 }
 

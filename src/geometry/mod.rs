@@ -28,7 +28,8 @@ mod presets;
 pub use config::{Commit, Config, ConfigBuilder, KvOrder, LayoutChoice, LayoutKind};
 
 /// The type of a cache's elements.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize)]
+#[serde(into = "&'static str")]
 pub enum Dtype {
     /// IEEE single precision, 4 bytes.
     F32,
@@ -45,6 +46,12 @@ pub enum Dtype {
     I8,
     /// Unsigned byte.
     U8,
+}
+
+impl From<Dtype> for &'static str {
+    fn from(dtype: Dtype) -> Self {
+        dtype.name()
+    }
 }
 
 impl Dtype {

@@ -1,0 +1,67 @@
+//! Fences as callers give them, and as the library keeps them.
+
+#![allow(unsafe_code, reason = "a foreign event can only be vouched for by whoever hands it in")]
+
+use std::sync::Arc;
+
+use crate::driver::owned::{DriverHandle, Event};
+use crate::driver::{RawEvent, Stream};
+use crate::error::{Error, ErrorKind, Result};
+use crate::slot;
+
+/// What tells that device work submitted earlier is done with a slot's memory.
+///
+/// Calls that give memory up take several, one for each stream that touched it. There is no implicit
+/// fence: whoever knows that nothing is running says [`Idle`](Self::Idle).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Fence {
+    /// Nothing on the device uses the memory any more.
+    Idle,
+    /// All that is in the stream by now. `Stream(0)` is CUDA's legacy default stream.
+    Stream(Stream),
+    /// An event of the caller's.
+    Event(ForeignEvent),
+}
+
+/// An event that the caller recorded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ForeignEvent(RawEvent);
+
+impl ForeignEvent {
+    /// Hands an event to the library, which waits for it and never destroys it.
+    ///
+    /// # Safety
+    /// - `event` is an event of the cache's device, and lives until the call that takes the fence
+    ///   returns.
+    #[must_use]
+    pub unsafe fn new(event: RawEvent) -> Self {
+        Self(event)
+    }
+}
+
+/// Turns fences into events that the library owns. Calls the driver.
+pub(super) fn record(driver: &DriverHandle, fences: &[Fence]) -> Result<Vec<slot::Fence>> {
+    if fences.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            "no fence is given; name every stream that touched the memory, or say Fence::Idle if none is running",
+        ));
+    }
+    let mut recorded = Vec::new();
+    for fence in fences {
+        let (event, stream) = match *fence {
+            Fence::Idle => continue,
+            Fence::Stream(stream) => (Event::record(driver, stream)?, Some(stream)),
+            // SAFETY: `ForeignEvent::new` made the caller promise that the event lives during this call.
+            Fence::Event(ForeignEvent(event)) => (unsafe { Event::follow(driver, event) }?, None),
+        };
+        recorded.push(slot::Fence { event: Arc::new(event), stream });
+    }
+    Ok(recorded)
+}
+
+/// Blocks until all have fired.
+pub(super) fn wait(fences: &[slot::Fence]) -> Result<()> {
+    fences.iter().try_for_each(|fence| fence.event.wait())
+}

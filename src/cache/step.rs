@@ -1,0 +1,260 @@
+//! How slots get their tokens, and what would fit.
+
+use crate::cache::work::{Planner, Work, abandon, shortage};
+use crate::cache::{KvCache, SlotTokens};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::{Need, Pool, cover};
+use crate::slot::growth::{Change, Room, change};
+use crate::slot::{Place, Quick, SlotTable};
+use crate::sync::atomic::Ordering;
+use crate::units::{Granules, TokenCount, wide};
+
+/// How often a step is planned anew because the device had less memory than was planned with.
+const ATTEMPTS: usize = 4;
+
+/// What planning a step came to.
+enum Planned {
+    /// No driver call was needed: it is published.
+    Published,
+    /// To be carried out. The named slots are busy.
+    Work(Work),
+}
+
+impl KvCache {
+    /// One iteration of the server: these slots now hold this many tokens in all. Slots that are not
+    /// named are untouched.
+    ///
+    /// On return every token is backed, in every tensor, and so is what `tile_tokens` adds to it. New
+    /// memory holds whatever it held before: kernels write before they read.
+    ///
+    /// # Errors
+    /// Nothing is changed by a step that fails.
+    /// - [`StaleSlot`](ErrorKind::StaleSlot), [`ForeignSlot`](ErrorKind::ForeignSlot),
+    ///   [`SlotBusy`](ErrorKind::SlotBusy), [`DuplicateSlot`](ErrorKind::DuplicateSlot);
+    /// - [`TooManyTokens`](ErrorKind::TooManyTokens), [`FewerTokens`](ErrorKind::FewerTokens);
+    /// - [`OutOfBudget`](ErrorKind::OutOfBudget): cured by retiring or truncating slots, or by a
+    ///   larger budget; [`fits`](Self::fits) tells beforehand;
+    /// - [`OutOfDeviceMemory`](ErrorKind::OutOfDeviceMemory): the budget has room but the device has
+    ///   not;
+    /// - [`OutOfMappings`](ErrorKind::OutOfMappings) and the driver's other refusals.
+    pub fn step(&self, entries: &[SlotTokens]) -> Result<()> {
+        if let Quick::Done = self.table.lock().step_within(entries) {
+            self.counters.steps.bump();
+            return Ok(());
+        }
+        self.noted(self.check_health().and_then(|()| self.step_beyond(entries)))
+    }
+
+    /// A step in which some slot needs more than it has used so far.
+    fn step_beyond(&self, entries: &[SlotTokens]) -> Result<()> {
+        let _moves = self.moves.lock();
+        for attempt in 1.. {
+            let planned = {
+                let mut table = self.table.lock();
+                let mut pool = self.pool.lock();
+                table.check_step(entries)?;
+                let device_limit = Granules::new(self.device_limit.load(Ordering::Relaxed));
+                plan(&mut table, &mut pool, device_limit, entries)?
+            };
+            let Planned::Work(work) = planned else { break };
+            let result = self.perform(
+                work,
+                |table| {
+                    for entry in entries {
+                        table.set_active(entry.slot.index());
+                        table.set_tokens(entry.slot.index(), entry.tokens);
+                    }
+                },
+                |table| {
+                    for entry in entries {
+                        let slot = entry.slot.index();
+                        table.set_active(slot);
+                        table.restore_needed(slot);
+                    }
+                },
+            );
+            match result {
+                Ok(()) => break,
+                Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory && attempt < ATTEMPTS => {
+                    // The device has less than the budget says: plan with what there is, so that
+                    // parked memory is used rather than new memory asked for.
+                    let held = self.pool.lock().held();
+                    self.device_limit.store(held.get(), Ordering::Relaxed);
+                    tracing::warn!(%held, error = error.report(), "the device has less memory than the budget");
+                }
+                Err(error) => {
+                    self.device_limit.store(u64::MAX, Ordering::Relaxed);
+                    return Err(error.context(format!("stepping {} slots", entries.len())));
+                }
+            }
+        }
+        // The next step asks the device anew: whoever took its memory may have given it back.
+        self.device_limit.store(u64::MAX, Ordering::Relaxed);
+        self.counters.steps.bump();
+        Ok(())
+    }
+
+    /// Which of these would succeed now, each together with those before it that would.
+    ///
+    /// A step of exactly those that are `true` succeeds unless the driver refuses or another thread
+    /// takes the memory first.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), for anything but memory.
+    pub fn fits(&self, entries: &[SlotTokens]) -> Result<Vec<bool>> {
+        let mut table = self.table.lock();
+        let pool = self.pool.lock();
+        let result = table.check_step(entries).map(|()| {
+            let mut left = (pool.budget()).saturating_sub(table.frontier() + table.stuck());
+            entries
+                .iter()
+                .map(|entry| {
+                    let missing = missing(&table, &self.layout, entry);
+                    let fits = missing <= left;
+                    if fits {
+                        left -= missing;
+                    }
+                    fits
+                })
+                .collect()
+        });
+        drop((table, pool));
+        self.noted(result)
+    }
+
+    /// How many of these new requests, in order, could each be given a slot and stepped to so many
+    /// tokens now. Counting ends at the first that could not, as a queue does.
+    #[must_use]
+    pub fn admits(&self, prompts: &[TokenCount]) -> usize {
+        let table = self.table.lock();
+        let pool = self.pool.lock();
+        let mut left = pool.budget().saturating_sub(table.frontier() + table.stuck());
+        prompts
+            .iter()
+            .take(table.available())
+            .take_while(|tokens| {
+                let need = self.layout.granules_for(self.layout.round_to_tile(**tokens));
+                let fits = **tokens <= self.layout.max_tokens() && need <= left;
+                left = left.saturating_sub(need);
+                fits
+            })
+            .count()
+    }
+
+    /// Backs the slot that padded batch entries write to: the tokens of one page or tile.
+    pub(super) fn back_spare(&self) -> Result<()> {
+        let Some(slot) = self.table.lock().spare_slot() else { return Ok(()) };
+        let tokens = self.config.page_tokens().max(self.config.tile_tokens());
+        let tokens = TokenCount::new(u64::from(tokens)).min(self.layout.max_tokens());
+        self.step(&[SlotTokens::new(slot, tokens)]).map_err(|error| error.context("backing the spare slot"))
+    }
+}
+
+/// Granules beyond what a slot uses that an entry needs.
+fn missing(table: &SlotTable, layout: &crate::layout::Layout, entry: &SlotTokens) -> Granules {
+    let backed = layout.round_to_tile(entry.tokens);
+    layout
+        .tensors()
+        .iter()
+        .enumerate()
+        .map(|(tensor, shape)| {
+            let run = table.run(Place { slot: entry.slot.index(), tensor });
+            shape.granules(backed).saturating_sub(run.frontier())
+        })
+        .sum()
+}
+
+/// Plans a checked step.
+fn plan(
+    table: &mut SlotTable,
+    pool: &mut Pool,
+    device_limit: Granules,
+    entries: &[SlotTokens],
+) -> Result<Planned> {
+    let layout = table.layout();
+    let budget = pool.budget();
+    let limit = budget.min(device_limit);
+    let usable = limit.saturating_sub(table.stuck());
+    let exact: Granules = entries.iter().map(|entry| missing(table, &layout, entry)).sum();
+    let Some(left) = usable.checked_sub(table.frontier() + exact) else {
+        let kind = if limit < budget { ErrorKind::OutOfDeviceMemory } else { ErrorKind::OutOfBudget };
+        let cure = match kind {
+            ErrorKind::OutOfDeviceMemory => "another program holds the rest: free memory on the device",
+            _ => "retire or truncate slots, or raise the budget",
+        };
+        let what = shortage(layout.granule(), table, usable, exact);
+        return Err(Error::new(
+            kind,
+            format!("a step of {} slots does not fit: {what}; {cure}", entries.len()),
+        ));
+    };
+
+    let mut room = Room::new(left, budget, wide(layout.tensors().len()));
+    let mut changes = Vec::new();
+    let mut moves = false;
+    for entry in entries {
+        let slot = entry.slot.index();
+        let (backed, prompt) = (layout.round_to_tile(entry.tokens), layout.round_to_tile(table.prompt(slot)));
+        for (tensor, shape) in layout.tensors().iter().enumerate() {
+            let place = Place { slot, tensor };
+            let need = shape.granules(backed);
+            let run = table.run(place);
+            if need <= run.frontier() {
+                continue;
+            }
+            let first = shape.granules(prompt);
+            let change = change(run, need, first, shape.max_granules(), table.terms(tensor), &mut room);
+            moves |= matches!(change, Change::Extend { .. });
+            changes.push((place, change));
+        }
+    }
+    if !moves {
+        for entry in entries {
+            table.set_tokens(entry.slot.index(), entry.tokens);
+        }
+        return Ok(Planned::Published);
+    }
+
+    for entry in entries {
+        table.set_busy(entry.slot.index());
+    }
+    for (place, change) in &changes {
+        let (Change::Covered { pieces: needed } | Change::Extend { keep: needed, .. }) = *change;
+        table.set_needed(*place, needed);
+    }
+    let mut planner = Planner::new(table, pool, limit);
+    let mut classes = Vec::new();
+    let mut found = true;
+    for (place, change) in &changes {
+        if let Change::Extend { .. } = change {
+            planner.clear(*place);
+            planner.cut(*place);
+        }
+    }
+    for (place, change) in changes {
+        let Change::Extend { to, slack, .. } = change else { continue };
+        let mut at = planner.end(place);
+        classes.clear();
+        cover(Need { from: at, to, slack, cuts: &[] }, &mut classes);
+        for class in &classes {
+            found = found && planner.want(place, at, *class);
+            at += class.granules();
+        }
+    }
+    let work = planner.finish(Vec::new());
+    if !found {
+        abandon(work, table, pool);
+        for entry in entries {
+            table.set_active(entry.slot.index());
+            table.restore_needed(entry.slot.index());
+        }
+        return Err(Error::new(
+            ErrorKind::Internal,
+            format!(
+                "no extents were found for a step that fits: {}; please report it",
+                shortage(layout.granule(), table, usable, exact)
+            ),
+        ));
+    }
+    Ok(Planned::Work(work))
+}

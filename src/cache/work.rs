@@ -1,0 +1,505 @@
+//! What an operation does to memory: planned under the locks, carried out with none, and published
+//! or undone under the locks again.
+//!
+//! ```text
+//!   Planner (locks held)          carry_out (no lock)                          locks held
+//!   ─────────────────────  ──►  ─────────────────────────────────────────  ──►  ─────────
+//!   which spare pieces go,      wait for fences, unmap, release, create,        publish,
+//!   what is created, and        map; on a refusal unmap what was mapped         or return
+//!   where it is mapped                                                          everything
+//! ```
+//!
+//! Only one operation at a time does this (lock of rank 0), so that what a planner found stays true
+//! until its work is done: others may retire, acquire and step within what they have, but nobody else
+//! moves an extent.
+
+use std::sync::Arc;
+
+use crate::cache::fence;
+use crate::driver::owned::{DriverHandle, PhysicalMemory};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::{Extent, Pool, Promise, Withdrawn};
+use crate::slot::{self, Place, SlotTable, Spare};
+use crate::tensor::{Piece, Stuck, Tensor};
+use crate::units::{GranuleSize, Granules, SizeClass};
+
+/// What becomes of a piece that was taken out of its run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fate {
+    /// Its extent is free.
+    Free,
+    /// Its extent is mapped elsewhere.
+    Used,
+    /// Its memory goes back to the driver.
+    Released,
+}
+
+#[derive(Debug)]
+struct Taken {
+    spare: Spare,
+    fate: Fate,
+}
+
+#[derive(Debug)]
+enum Source {
+    Extent(Extent),
+    /// The piece of that number among the taken ones.
+    Taken(usize),
+    Create(Promise),
+}
+
+#[derive(Debug)]
+struct Want {
+    place: Place,
+    at: Granules,
+    source: Source,
+}
+
+/// Everything that an operation has taken out of the books, to be done.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    stuck: Vec<(Place, Piece)>,
+    taken: Vec<Taken>,
+    withdrawn: Vec<Withdrawn>,
+    wants: Vec<Want>,
+    /// Fences of the caller's, besides those of the pieces.
+    fences: Vec<slot::Fence>,
+}
+
+/// Finds extents for an operation. Nothing it takes is lost: [`Planner::finish`] hands it over,
+/// [`abandon`] puts it back.
+#[derive(Debug)]
+pub(super) struct Planner<'a> {
+    table: &'a mut SlotTable,
+    pool: &'a mut Pool,
+    limit: Granules,
+    /// Bytes that will be released before anything is created.
+    credit: Granules,
+    unclaimed: [Vec<usize>; SizeClass::COUNT],
+    work: Work,
+}
+
+impl<'a> Planner<'a> {
+    /// A planner that may hold up to `limit`.
+    pub(super) fn new(table: &'a mut SlotTable, pool: &'a mut Pool, limit: Granules) -> Self {
+        Self {
+            table,
+            pool,
+            limit,
+            credit: Granules::ZERO,
+            unclaimed: Default::default(),
+            work: Work::default(),
+        }
+    }
+
+    /// Clears what lies in the way of a run and the driver would not let go of before.
+    pub(super) fn clear(&mut self, place: Place) {
+        let stuck = self.table.take_stuck(place);
+        self.work.stuck.extend(stuck.into_iter().map(|piece| (place, piece)));
+    }
+
+    /// Takes all pieces of a run out that hold nobody's tokens.
+    pub(super) fn cut(&mut self, place: Place) {
+        while let Some(spare) = self.table.pop_spare(place) {
+            self.take(spare);
+        }
+    }
+
+    /// Where a run ends now.
+    pub(super) fn end(&self, place: Place) -> Granules {
+        self.table.run(place).end()
+    }
+
+    /// An extent of that class for that place; `false` if there is no way to come by one.
+    pub(super) fn want(&mut self, place: Place, at: Granules, class: SizeClass) -> bool {
+        let Some(source) = self.source(class) else { return false };
+        self.work.wants.push(Want { place, at, source });
+        true
+    }
+
+    fn source(&mut self, class: SizeClass) -> Option<Source> {
+        if let Some(extent) = self.pool.take(class) {
+            return Some(Source::Extent(extent));
+        }
+        if let Some(source) = self.claim(class) {
+            return Some(source);
+        }
+        if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {
+            return Some(Source::Create(promise));
+        }
+        // A spare extent of the right size is the cheapest, then free ones of other sizes, then the
+        // spare ones of least use.
+        if let Some(spare) = self.table.pop_matching(class.granules()) {
+            self.take(spare);
+            return self.claim(class);
+        }
+        loop {
+            if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {
+                return Some(Source::Create(promise));
+            }
+            if !self.release_something(class) {
+                let spare = self.table.pop_oldest()?;
+                self.take(spare);
+                if let Some(source) = self.claim(class) {
+                    return Some(source);
+                }
+            }
+        }
+    }
+
+    /// Plans the release of something free, so that an extent of `class` can be made.
+    fn release_something(&mut self, class: SizeClass) -> bool {
+        let missing = (self.pool.held() + class.granules()).saturating_sub(self.limit + self.credit);
+        if let Some(withdrawn) = self.pool.withdraw(missing) {
+            self.credit += withdrawn.class().granules();
+            self.work.withdrawn.push(withdrawn);
+            return true;
+        }
+        self.release_taken()
+    }
+
+    /// Plans the release of a taken piece that nobody claimed, the largest first.
+    fn release_taken(&mut self) -> bool {
+        let Some(number) = self.unclaimed.iter_mut().rev().find_map(Vec::pop) else { return false };
+        let taken = &mut self.work.taken[number];
+        taken.fate = Fate::Released;
+        self.credit += taken.spare.piece.granules();
+        true
+    }
+
+    fn claim(&mut self, class: SizeClass) -> Option<Source> {
+        let number = self.unclaimed[class.index()].pop()?;
+        self.work.taken[number].fate = Fate::Used;
+        Some(Source::Taken(number))
+    }
+
+    fn take(&mut self, spare: Spare) {
+        // Memory that is mapped elsewhere too is not to be had; this mapping of it goes all the same.
+        if !spare.piece.extent().is_shared() {
+            self.unclaimed[spare.piece.extent().class().index()].push(self.work.taken.len());
+        }
+        self.work.taken.push(Taken { spare, fate: Fate::Free });
+    }
+
+    /// Takes spare pieces out, the ones of least use first, until they come to so much or none is left.
+    pub(super) fn reclaim(&mut self, granules: Granules) {
+        let mut got = Granules::ZERO;
+        while got < granules {
+            let Some(spare) = self.table.pop_oldest() else { break };
+            got += spare.piece.granules();
+            self.take(spare);
+        }
+    }
+
+    /// Plans releases until no more than the limit is held, or nothing is left to release.
+    pub(super) fn shrink(&mut self) {
+        while self.pool.held() > self.limit + self.credit {
+            let excess = self.pool.held() - (self.limit + self.credit);
+            if let Some(withdrawn) = self.pool.withdraw(excess) {
+                self.credit += withdrawn.class().granules();
+                self.work.withdrawn.push(withdrawn);
+            } else if !self.release_taken() {
+                let Some(spare) = self.table.pop_oldest() else { break };
+                self.take(spare);
+            }
+        }
+    }
+
+    /// Hands over what is to be done, once `fences` have fired, too.
+    pub(super) fn finish(mut self, fences: Vec<slot::Fence>) -> Work {
+        self.work.fences = fences;
+        self.work
+    }
+}
+
+/// What work has come to so far; whatever happens, everything in here goes back into the books.
+#[derive(Debug, Default)]
+struct Progress {
+    /// Not unmapped, in the order in which they were taken.
+    not_unmapped: Vec<Spare>,
+    extents: Vec<Extent>,
+    withdrawn: Vec<Withdrawn>,
+    unreleased: Vec<(SizeClass, PhysicalMemory)>,
+    released: Vec<SizeClass>,
+    promises: Vec<Promise>,
+    stuck: Vec<(Place, Piece)>,
+    mapped: Vec<(Place, Piece)>,
+    fired: Vec<(u32, Vec<slot::Fence>)>,
+    reclaimed: u64,
+}
+
+impl Progress {
+    /// Puts everything where it belongs now. Pieces that were mapped are pushed to their runs.
+    fn settle(self, table: &mut SlotTable, pool: &mut Pool) {
+        for spare in self.not_unmapped.into_iter().rev() {
+            table.restore(spare);
+        }
+        self.extents.into_iter().for_each(|extent| pool.give_back(extent));
+        self.withdrawn.into_iter().for_each(|withdrawn| pool.put_back(withdrawn));
+        self.unreleased.into_iter().for_each(|(class, memory)| pool.put_back_memory(class, memory));
+        self.released.into_iter().for_each(|class| pool.released(class));
+        self.promises.into_iter().for_each(|promise| pool.break_promise(promise));
+        self.stuck.into_iter().for_each(|(place, piece)| table.add_stuck(place, piece));
+        self.mapped.into_iter().for_each(|(place, piece)| table.push(place, piece));
+        self.fired.into_iter().for_each(|(slot, fences)| table.drop_fences(slot, &fences));
+    }
+}
+
+/// Puts back what a planner took, with nothing done.
+pub(super) fn abandon(work: Work, table: &mut SlotTable, pool: &mut Pool) {
+    let mut progress = Progress {
+        not_unmapped: work.taken.into_iter().map(|taken| taken.spare).collect(),
+        withdrawn: work.withdrawn,
+        stuck: work.stuck,
+        ..Progress::default()
+    };
+    for want in work.wants {
+        progress.give_up(want.source);
+    }
+    progress.settle(table, pool);
+}
+
+impl Progress {
+    fn give_up(&mut self, source: Source) {
+        match source {
+            Source::Extent(extent) => self.extents.push(extent),
+            Source::Create(promise) => self.promises.push(promise),
+            Source::Taken(_) => {}
+        }
+    }
+}
+
+/// What carried-out work leaves to be put into the books.
+#[derive(Debug)]
+pub(super) struct Done {
+    progress: Progress,
+    /// Pieces that were unmapped for somebody else, and extents that were given up for other sizes.
+    pub(super) reclaimed: u64,
+    pub(super) resized: u64,
+}
+
+impl Done {
+    /// Puts it into the books.
+    pub(super) fn settle(self, table: &mut SlotTable, pool: &mut Pool) {
+        self.progress.settle(table, pool);
+    }
+}
+
+/// Does the work, with no lock held but that of rank 0. On an error everything that was mapped is
+/// unmapped again; what it comes to has to be settled either way.
+pub(super) fn carry_out(
+    work: Work,
+    driver: &DriverHandle,
+    tensors: &[Tensor],
+    keep: impl Fn(Promise, PhysicalMemory) -> Extent,
+) -> (Done, Result<()>) {
+    let mut progress = Progress::default();
+    let result = progress.run(work, driver, tensors, keep);
+    if result.is_err() {
+        // In reverse order, so that what is left of a run stays a prefix.
+        while let Some((place, piece)) = progress.mapped.pop() {
+            match piece.unmap() {
+                Ok(extent) => progress.extents.push(extent),
+                Err(Stuck { error, extent, piece }) => {
+                    tracing::error!(
+                        error = error.report(),
+                        slot = place.slot,
+                        "a mapping could not be undone"
+                    );
+                    progress.extents.extend(extent);
+                    progress.stuck.extend(piece.map(|piece| (place, piece)));
+                }
+            }
+        }
+    }
+    let (reclaimed, resized) = (progress.reclaimed, crate::units::wide(progress.released.len()));
+    (Done { progress, reclaimed, resized }, result)
+}
+
+impl Progress {
+    fn run(
+        &mut self,
+        work: Work,
+        driver: &DriverHandle,
+        tensors: &[Tensor],
+        keep: impl Fn(Promise, PhysicalMemory) -> Extent,
+    ) -> Result<()> {
+        let Work { stuck, taken, withdrawn, wants, fences } = work;
+        self.withdrawn = withdrawn;
+        let (fates, spares): (Vec<_>, Vec<_>) =
+            taken.into_iter().map(|taken| (taken.fate, taken.spare)).unzip();
+        self.not_unmapped = spares;
+        let (places, sources): (Vec<_>, Vec<_>) =
+            wants.into_iter().map(|want| ((want.place, want.at), want.source)).unzip();
+
+        let unmapped = self.unmap(&fates, stuck, &fences);
+        let (mut unmapped, freed) = match unmapped {
+            Ok(unmapped) => (unmapped, Ok(())),
+            Err((unmapped, error)) => (unmapped, Err(error)),
+        };
+        let freed = freed.and_then(|()| self.release(&fates, &mut unmapped));
+
+        // From here on every source is an extent, or is given up.
+        let mut extents = Vec::with_capacity(sources.len());
+        let mut result = freed;
+        for source in sources {
+            if result.is_err() {
+                self.give_up(source);
+                continue;
+            }
+            match source {
+                Source::Extent(extent) => extents.push(extent),
+                Source::Taken(number) => {
+                    extents.push(unmapped[number].take().expect("a piece is claimed once and was unmapped"));
+                }
+                Source::Create(promise) => {
+                    match PhysicalMemory::new(
+                        driver,
+                        driver.info().granule.to_bytes(promise.class().granules()),
+                    ) {
+                        Ok(memory) => extents.push(keep(promise, memory)),
+                        Err(error) => {
+                            self.promises.push(promise);
+                            result = Err(error);
+                        }
+                    }
+                }
+            }
+        }
+        self.extents.extend(unmapped.into_iter().flatten());
+        for ((place, at), extent) in places.into_iter().zip(extents) {
+            if result.is_err() {
+                self.extents.push(extent);
+                continue;
+            }
+            match tensors[place.tensor].map(place.slot, at, extent) {
+                Ok(piece) => self.mapped.push((place, piece)),
+                Err(stuck) => {
+                    let Stuck { error, extent, piece } = stuck;
+                    self.extents.extend(extent);
+                    self.stuck.extend(piece.map(|piece| (place, piece)));
+                    result = Err(error);
+                }
+            }
+        }
+        result
+    }
+
+    /// Unmaps what was taken, in order. What could not be is left where it was; the extents of the
+    /// rest come back by number.
+    fn unmap(
+        &mut self,
+        fates: &[Fate],
+        stuck: Vec<(Place, Piece)>,
+        fences: &[slot::Fence],
+    ) -> Result<Vec<Option<Extent>>, (Vec<Option<Extent>>, Error)> {
+        let mut extents: Vec<Option<Extent>> = Vec::with_capacity(fates.len());
+        let mut failure = None;
+        for (place, piece) in stuck {
+            match piece.unmap() {
+                Ok(extent) => self.extents.push(extent),
+                Err(Stuck { error, extent, piece }) => {
+                    self.extents.extend(extent);
+                    self.stuck.extend(piece.map(|piece| (place, piece)));
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        let waited = failure.map_or_else(|| fence::wait(fences), Err);
+        let mut spares = std::mem::take(&mut self.not_unmapped).into_iter();
+        let mut result = waited;
+        while result.is_ok() {
+            let Some(spare) = spares.next() else { break };
+            if let Err(error) = self.wait_for(&spare) {
+                self.not_unmapped.push(spare);
+                result = Err(error);
+                break;
+            }
+            let Spare { place, piece, fences } = spare;
+            match piece.unmap() {
+                Ok(extent) => {
+                    self.reclaimed += 1;
+                    extents.push(Some(extent));
+                }
+                Err(Stuck { error, extent, piece }) => {
+                    self.extents.extend(extent);
+                    self.not_unmapped.extend(piece.map(|piece| Spare { place, piece, fences }));
+                    result = Err(error);
+                }
+            }
+        }
+        self.not_unmapped.extend(spares);
+        extents.resize_with(fates.len(), || None);
+        match result {
+            Ok(()) => Ok(extents),
+            Err(error) => Err((extents, error)),
+        }
+    }
+
+    /// Waits for a piece's fences, once for each slot that pieces come from.
+    fn wait_for(&mut self, spare: &Spare) -> Result<()> {
+        let known = |fence: &slot::Fence| {
+            self.fired
+                .iter()
+                .flat_map(|(_, fences)| fences)
+                .any(|fired| Arc::ptr_eq(&fired.event, &fence.event))
+        };
+        if spare.fences.iter().all(known) {
+            return Ok(());
+        }
+        fence::wait(&spare.fences)?;
+        self.fired.push((spare.place.slot, spare.fences.clone()));
+        Ok(())
+    }
+
+    /// Gives memory back to the driver: what was withdrawn, and what was taken for it.
+    fn release(&mut self, fates: &[Fate], unmapped: &mut [Option<Extent>]) -> Result<()> {
+        while let Some(withdrawn) = self.withdrawn.pop() {
+            let class = withdrawn.class();
+            self.release_one(class, withdrawn.into_memory())?;
+        }
+        for (fate, extent) in fates.iter().zip(unmapped) {
+            if *fate == Fate::Released
+                && let Some(extent) = extent.take()
+            {
+                let class = extent.class();
+                let memory = extent.into_memory().ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::Internal,
+                        "memory that was to be released is mapped elsewhere; please report it",
+                    )
+                })?;
+                self.release_one(class, memory)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn release_one(&mut self, class: SizeClass, memory: PhysicalMemory) -> Result<()> {
+        match memory.release() {
+            Ok(()) => {
+                self.released.push(class);
+                Ok(())
+            }
+            Err((memory, error)) => {
+                self.unreleased.push((class, memory));
+                Err(error)
+            }
+        }
+    }
+}
+
+/// What is held, needed and left, as an error tells it.
+pub(super) fn shortage(
+    granule: GranuleSize,
+    table: &SlotTable,
+    limit: Granules,
+    missing: Granules,
+) -> String {
+    format!(
+        "{} more are needed, and of {} that may be held, slots in use need {}",
+        granule.to_bytes(missing),
+        granule.to_bytes(limit),
+        granule.to_bytes(table.frontier()),
+    )
+}

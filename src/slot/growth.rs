@@ -1,0 +1,224 @@
+//! How much a run grows, and what of it is kept: pure.
+//!
+//! A mapping costs the same whatever its size, and memory that stays mapped costs nothing to use
+//! again. So a growing run asks for more than the next token: for a share of what it holds, or for
+//! a fixed number of tokens where that is more. The constants were chosen by replaying the Azure
+//! conversation trace; `DESIGN.md` has the figures.
+
+use crate::layout::TensorLayout;
+use crate::tensor::Run;
+use crate::units::{Granules, SizeClass, TokenCount};
+
+/// Tokens that an extent of a growing run holds at least, where that is a granule or more.
+const GROWTH: TokenCount = TokenCount::new(64);
+/// Tokens by which a prompt may be rounded up to need fewer extents.
+const SLACK: TokenCount = TokenCount::new(128);
+/// Tokens that an extent left by an earlier owner may reach beyond the need and still be used.
+const OVERSHOOT: TokenCount = TokenCount::new(512);
+/// The same two when memory is short.
+const TIGHT: TokenCount = TokenCount::new(64);
+/// A growing run asks for at least this share of what it has grown since its prompt.
+const GROWN_DIVISOR: u64 = 3;
+/// Memory is short when less than this share of the budget is left.
+const SHORT_DIVISOR: u64 = 10;
+/// No single rounding takes more than this share of what is left,
+const ROUNDING_DIVISOR: u64 = 8;
+/// and no growth more than this one.
+const GROWTH_DIVISOR: u64 = 2;
+
+/// How generous one tensor may be: in granules, from constants in tokens.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Generosity {
+    growth: Granules,
+    slack: Granules,
+    overshoot: Granules,
+    tight_slack: Granules,
+    tight_overshoot: Granules,
+    divisor: u64,
+}
+
+impl Generosity {
+    pub(crate) fn of(tensor: &TensorLayout, slack_divisor: u32) -> Self {
+        let whole =
+            |tokens| tensor.granules(tokens).saturating_sub(Granules::new(u64::from(!exact(tensor, tokens))));
+        Self {
+            growth: whole(GROWTH).max(Granules::new(1)),
+            slack: whole(SLACK),
+            overshoot: tensor.granules(OVERSHOOT),
+            tight_slack: whole(TIGHT),
+            tight_overshoot: tensor.granules(TIGHT),
+            divisor: u64::from(slack_divisor),
+        }
+    }
+
+    /// The extent that a run of `held` granules asks for when it grows.
+    pub(crate) fn growth(&self, held: Granules) -> Granules {
+        power_of_two(self.growth.max(Granules::new(held.get() / self.divisor)))
+    }
+
+    /// How far a cover of `need` granules may be rounded up.
+    pub(crate) fn slack(&self, need: Granules, short: bool) -> Granules {
+        if short { self.tight_slack } else { self.slack.max(Granules::new(need.get() / self.divisor)) }
+    }
+
+    /// How far an extent that is there already may reach beyond the need.
+    pub(crate) fn overshoot(&self, short: bool) -> Granules {
+        if short { self.tight_overshoot } else { self.overshoot }
+    }
+}
+
+/// Whether that many tokens are whole granules.
+fn exact(tensor: &TensorLayout, tokens: TokenCount) -> bool {
+    tensor.tokens_within(tensor.granules(tokens)) == tokens
+}
+
+fn power_of_two(granules: Granules) -> Granules {
+    SizeClass::at_most(granules).map_or(Granules::ZERO, SizeClass::granules)
+}
+
+/// What is left to be generous with, in one operation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    left: Granules,
+    tensors: u64,
+    short: bool,
+}
+
+impl Room {
+    /// `left` granules beyond what the operation must have, of `budget` in all, for so many tensors.
+    pub(crate) fn new(left: Granules, budget: Granules, tensors: u64) -> Self {
+        Self { left, tensors, short: left.get() < budget.get() / SHORT_DIVISOR }
+    }
+
+    pub(crate) fn is_short(&self) -> bool {
+        self.short
+    }
+
+    fn share(&self, divisor: u64) -> Granules {
+        Granules::new(self.left.get() / (divisor * self.tensors))
+    }
+
+    fn spend(&mut self, granules: Granules) {
+        self.left = self.left.saturating_sub(granules);
+    }
+}
+
+/// What happens to one run so that it covers a need.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Change {
+    /// The first so many pieces cover it.
+    Covered {
+        /// Pieces that are needed from now on.
+        pieces: usize,
+    },
+    /// All but the first so many pieces go, since the next reaches too far, and a cover is mapped
+    /// behind them.
+    Extend {
+        /// Pieces that stay.
+        keep: usize,
+        /// What must be covered at least, in granules from the slot's start.
+        to: Granules,
+        /// How far beyond the cover may reach.
+        slack: Granules,
+    },
+}
+
+/// Decides how `run` comes to cover `need` granules, and spends what that takes beyond the need.
+///
+/// `prompt` is what the owner's first step needed; zero before it.
+pub(crate) fn change(
+    run: &Run,
+    need: Granules,
+    prompt: Granules,
+    most: Granules,
+    terms: &Generosity,
+    room: &mut Room,
+) -> Change {
+    let (keep, end) = match run.covering(need) {
+        Some(pieces) => {
+            let over = run.boundary(pieces) - need;
+            let allowed = terms.overshoot(room.short).min(room.share(ROUNDING_DIVISOR));
+            if pieces <= run.needed() {
+                return Change::Covered { pieces };
+            }
+            if over <= allowed {
+                room.spend(over);
+                return Change::Covered { pieces };
+            }
+            (pieces - 1, run.boundary(pieces - 1))
+        }
+        None => (run.pieces().len(), run.end()),
+    };
+    let missing = need - end;
+    let grown = Granules::new(need.saturating_sub(prompt).get() / GROWN_DIVISOR);
+    let growth = power_of_two(terms.growth(need).max(grown).min(room.share(GROWTH_DIVISOR)));
+    let (to, slack) = if !prompt.is_zero() && growth > missing {
+        (end + growth, Granules::ZERO)
+    } else {
+        (need, terms.slack(need, room.short).min(room.share(ROUNDING_DIVISOR)))
+    };
+    // Addresses end at the slot's most tokens, and so does generosity.
+    let to = to.min(most).max(need);
+    let slack = slack.min(most - to);
+    room.spend(to + slack - need);
+    Change::Extend { keep, to, slack }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::{Config, Dtype, Geometry};
+    use crate::layout::Layout;
+    use crate::units::{Bytes, Device, GranuleSize};
+
+    fn terms(layers_a_tensor: u32) -> Generosity {
+        let geometry = Geometry::uniform(layers_a_tensor, 8, 128, Dtype::BF16).unwrap();
+        let config = Config::builder(geometry).max_slots(4).build().unwrap();
+        let layout = Layout::new(&config, GranuleSize::new(Bytes::mib(2)).unwrap(), Device::Cpu).unwrap();
+        Generosity::of(&layout.tensors()[0], 32)
+    }
+
+    fn granules(count: u64) -> Granules {
+        Granules::new(count)
+    }
+
+    #[test]
+    fn tokens_become_granules() {
+        let sliced = terms(32);
+        assert_eq!(sliced.growth(granules(10)), granules(2));
+        assert_eq!(sliced.growth(granules(300)), granules(8));
+        assert_eq!(sliced.slack(granules(10), false), granules(4));
+        assert_eq!(sliced.slack(granules(640), false), granules(20));
+        assert_eq!(sliced.slack(granules(640), true), granules(2));
+        assert_eq!(sliced.overshoot(false), granules(16));
+        // A granule of one layer holds 1,024 tokens: nothing is rounded up, and one granule left by
+        // an earlier owner is used.
+        let single = terms(1);
+        assert_eq!(single.growth(granules(10)), granules(1));
+        assert_eq!(single.slack(granules(10), false), granules(0));
+        assert_eq!(single.overshoot(true), granules(1));
+    }
+
+    #[test]
+    fn a_prompt_is_rounded_and_growth_is_not_one_granule_at_a_time() {
+        let (run, terms) = (Run::default(), terms(32));
+        let plenty = || Room::new(granules(10_000), granules(10_000), 2);
+        let first = change(&run, granules(37), granules(0), granules(4096), &terms, &mut plenty());
+        assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(4) });
+        let later = change(&run, granules(1), granules(37), granules(4096), &terms, &mut plenty());
+        assert_eq!(later, Change::Extend { keep: 0, to: granules(2), slack: granules(0) });
+        let grown = change(&run, granules(1), granules(1), granules(1), &terms, &mut plenty());
+        assert_eq!(grown, Change::Extend { keep: 0, to: granules(1), slack: granules(0) });
+    }
+
+    #[test]
+    fn without_room_nothing_is_rounded() {
+        let (run, terms) = (Run::default(), terms(32));
+        let mut none = Room::new(granules(0), granules(10_000), 2);
+        assert!(none.is_short());
+        let first = change(&run, granules(37), granules(0), granules(4096), &terms, &mut none);
+        assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(0) });
+        let later = change(&run, granules(38), granules(37), granules(4096), &terms, &mut none);
+        assert_eq!(later, Change::Extend { keep: 0, to: granules(38), slack: granules(0) });
+    }
+}

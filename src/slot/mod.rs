@@ -1,0 +1,696 @@
+//! Slots: who has one, how many tokens it holds, and what is mapped for it.
+//!
+//! Owns the slot table: the life cycle below, the runs of every slot, and the two orders in which
+//! slots are looked for (by what they hold, to be adopted; by age, to be reclaimed). Refuses to know
+//! the driver and the pool: pieces are put in and taken out, and others map them. Which parked slot
+//! is adopted is [`fit`]'s answer, how much a run grows is [`growth`]'s.
+//!
+//! ```text
+//!            acquire                    retire
+//!   Empty ─────────────► Active ───────────────────► Parked ──┐
+//!     ▲                   │  ▲  ◄────── acquire (adopt) ──────┤
+//!     │              step │  │ done                           │ last extent reclaimed
+//!     │                   ▼  │                                │
+//!     │                   Busy                                │
+//!     └───────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Invariants, checked by [`SlotTable::audit`]:
+//! - an active slot's tokens lie within its frontier: what is handed out is backed;
+//! - the totals are the sums over the runs;
+//! - every parked slot, and no other, is in the order for adoption; every slot with memory that holds
+//!   nobody's tokens is in the order for reclaiming.
+//!
+//! The table is behind the lock of rank 1.
+
+pub(crate) mod fit;
+pub(crate) mod growth;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::driver::Stream;
+use crate::driver::owned::Event;
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::Layout;
+use crate::slot::fit::Wish;
+use crate::slot::growth::Generosity;
+use crate::stats::Counters;
+use crate::tensor::{Piece, Run};
+use crate::units::{Granules, SlotId, TokenCount, index, wide};
+
+/// How many parked slots that hold enough are looked at for an adoption, and how many that do not.
+const CANDIDATES_ABOVE: usize = 40;
+const CANDIDATES_BELOW: usize = 8;
+/// How many slots are looked at, the oldest first, for a spare extent of just the right class.
+const MATCHING_SLOTS: usize = 64;
+
+/// Where a slot stands in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum State {
+    /// Nobody has it and nothing is mapped. The table may give it out.
+    Empty,
+    /// A request has it. Its owner may step, truncate and retire it.
+    Active,
+    /// Nobody has it, but its extents are still mapped. It may be adopted, and its extents taken.
+    Parked,
+    /// An operation that names it is under way and holds no lock; only that operation may touch it.
+    /// It goes back to what it was when the operation ends, whichever way.
+    Busy,
+}
+
+/// One slot and the number of tokens that it holds in all: what a step is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct SlotTokens {
+    /// The slot.
+    pub slot: SlotId,
+    /// Its tokens in all, those of earlier steps included.
+    pub tokens: TokenCount,
+}
+
+impl SlotTokens {
+    /// That slot with that many tokens in all.
+    #[must_use]
+    pub const fn new(slot: SlotId, tokens: TokenCount) -> Self {
+        Self { slot, tokens }
+    }
+}
+
+/// What a step looks at when nothing has to be mapped; kept small and apart from the rest.
+#[derive(Debug, Default)]
+struct Hot {
+    /// The generation of the request that has the slot, or 0 while nobody may step it.
+    live: u64,
+    tokens: TokenCount,
+    /// Up to so many tokens the slot stays within the extents that it needs already.
+    edge: TokenCount,
+    /// The last step that named the slot.
+    step: u64,
+}
+
+/// What is waited for before memory that a slot no longer needs is unmapped.
+#[derive(Clone, Debug)]
+pub(crate) struct Fence {
+    pub(crate) event: Arc<Event>,
+    /// The stream in which it was recorded; later events of one stream stand for earlier ones.
+    pub(crate) stream: Option<Stream>,
+}
+
+#[derive(Debug)]
+struct Record {
+    state: State,
+    generation: u64,
+    runs: Box<[Run]>,
+    fences: Vec<Fence>,
+    /// When the memory that holds nobody's tokens was last used.
+    stamp: u64,
+    /// What the first step of the request needed, in tokens; zero before it.
+    prompt: TokenCount,
+    /// The tokens that all runs together back: the key in the order for adoption while parked.
+    backed: TokenCount,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(crate) struct SlotTable {
+    cache: u32,
+    layout: Arc<Layout>,
+    /// The tensor with the largest row: the one whose extents matter when a slot is chosen.
+    lead: usize,
+    terms: Box<[Generosity]>,
+    hot: Vec<Hot>,
+    records: Vec<Record>,
+    empty: BTreeSet<u32>,
+    by_room: BTreeSet<(TokenCount, u32)>,
+    by_age: BTreeSet<(u64, u32)>,
+    clock: u64,
+    steps: u64,
+    tokens: TokenCount,
+    frontier: Granules,
+    backed: Granules,
+    stuck: Granules,
+    active: u64,
+    /// Fences that nobody needs any more, to be destroyed where no lock is held.
+    trash: Vec<Fence>,
+    spare: Option<u32>,
+    counters: Arc<Counters>,
+}
+
+/// What a step came to that looked at nothing but the slots' edges.
+#[derive(Debug)]
+pub(crate) enum Quick {
+    /// All done.
+    Done,
+    /// Some slot needs more than it has used so far; nothing is changed.
+    Beyond,
+}
+
+/// Where a piece was taken from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Place {
+    pub(crate) slot: u32,
+    pub(crate) tensor: usize,
+}
+
+/// A piece that was taken out of its run, to be unmapped once its fences have fired.
+#[derive(Debug)]
+pub(crate) struct Spare {
+    pub(crate) place: Place,
+    pub(crate) piece: Piece,
+    pub(crate) fences: Vec<Fence>,
+}
+
+impl SlotTable {
+    /// A table of empty slots. `spare` is the index of the slot that is always backed: it is active
+    /// from the start, and nobody is given it.
+    pub(crate) fn new(
+        cache: u32,
+        layout: Arc<Layout>,
+        slack_divisor: u32,
+        spare: Option<u32>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let tensors = layout.tensors();
+        let terms = tensors.iter().map(|tensor| Generosity::of(tensor, slack_divisor)).collect();
+        let lead = (0..tensors.len()).max_by_key(|tensor| tensors[*tensor].row()).unwrap_or(0);
+        let record = || Record {
+            state: State::Empty,
+            generation: 0,
+            runs: tensors.iter().map(|_| Run::default()).collect(),
+            fences: Vec::new(),
+            stamp: 0,
+            prompt: TokenCount::ZERO,
+            backed: TokenCount::ZERO,
+        };
+        let slots = layout.slots();
+        counters.max_slots.set(u64::from(slots));
+        let mut table = Self {
+            cache,
+            lead,
+            terms,
+            hot: (0..slots).map(|_| Hot::default()).collect(),
+            records: (0..slots).map(|_| record()).collect(),
+            empty: (0..slots).collect(),
+            by_room: BTreeSet::new(),
+            by_age: BTreeSet::new(),
+            clock: 0,
+            steps: 0,
+            tokens: TokenCount::ZERO,
+            frontier: Granules::ZERO,
+            backed: Granules::ZERO,
+            stuck: Granules::ZERO,
+            active: 0,
+            trash: Vec::new(),
+            spare,
+            layout,
+            counters,
+        };
+        if let Some(spare) = spare {
+            let record = &mut table.records[index(spare)];
+            record.generation = 1;
+            record.state = State::Active;
+            table.hot[index(spare)].live = 1;
+            table.empty.remove(&spare);
+            table.active += 1;
+            table.counters.active_slots.set(table.active);
+        }
+        table
+    }
+
+    /// The slot that is always backed.
+    pub(crate) fn spare_slot(&self) -> Option<SlotId> {
+        self.spare.map(|slot| SlotId::new(slot, self.cache, 1))
+    }
+
+    pub(crate) fn layout(&self) -> Arc<Layout> {
+        Arc::clone(&self.layout)
+    }
+
+    /// Granules that slots in use need: what can't be reclaimed.
+    pub(crate) fn frontier(&self) -> Granules {
+        self.frontier
+    }
+
+    /// Granules that the driver would not let go of.
+    pub(crate) fn stuck(&self) -> Granules {
+        self.stuck
+    }
+
+    /// Granules that are mapped and hold nobody's tokens.
+    pub(crate) fn parked(&self) -> Granules {
+        self.backed - self.frontier
+    }
+
+    /// Slots that a new request could be given.
+    pub(crate) fn available(&self) -> usize {
+        self.empty.len() + self.by_room.len()
+    }
+
+    pub(crate) fn terms(&self, tensor: usize) -> &Generosity {
+        &self.terms[tensor]
+    }
+
+    pub(crate) fn run(&self, place: Place) -> &Run {
+        &self.records[index(place.slot)].runs[place.tensor]
+    }
+
+    pub(crate) fn tokens(&self, slot: u32) -> TokenCount {
+        self.hot[index(slot)].tokens
+    }
+
+    pub(crate) fn prompt(&self, slot: u32) -> TokenCount {
+        self.records[index(slot)].prompt
+    }
+
+    pub(crate) fn fences(&self, slot: u32) -> &[Fence] {
+        &self.records[index(slot)].fences
+    }
+
+    /// The slot's index, if the id is of a request that has it now.
+    pub(crate) fn check(&self, id: SlotId) -> Result<u32> {
+        if id.cache() != self.cache {
+            return Err(foreign(id, self.cache));
+        }
+        let Some(record) = self.records.get(index(id.index())) else {
+            return Err(foreign(id, self.cache));
+        };
+        match record.state {
+            _ if record.generation != id.generation() => Err(stale(id)),
+            State::Active => Ok(id.index()),
+            State::Busy => Err(Error::new(
+                ErrorKind::SlotBusy,
+                format!("{id:?} is being worked on by another call; a slot is used by one thread at a time"),
+            )),
+            State::Empty | State::Parked => Err(stale(id)),
+        }
+    }
+
+    /// Checks everything about a step that does not depend on memory.
+    pub(crate) fn check_step(&mut self, entries: &[SlotTokens]) -> Result<()> {
+        self.steps += 1;
+        for entry in entries {
+            let slot = self.check(entry.slot)?;
+            let most = self.layout.max_tokens();
+            let hot = &mut self.hot[index(slot)];
+            if entry.tokens > most {
+                return Err(Error::new(
+                    ErrorKind::TooManyTokens,
+                    format!(
+                        "slot {slot} is stepped to {} tokens, and a slot holds {most} at most; create the cache with \
+                         a larger max_tokens",
+                        entry.tokens
+                    ),
+                ));
+            }
+            if entry.tokens < hot.tokens {
+                return Err(Error::new(
+                    ErrorKind::FewerTokens,
+                    format!(
+                        "slot {slot} is stepped to {} tokens and holds {} already; call truncate to take tokens away",
+                        entry.tokens, hot.tokens
+                    ),
+                ));
+            }
+            if hot.step == self.steps {
+                return Err(Error::new(
+                    ErrorKind::DuplicateSlot,
+                    format!("slot {slot} is named twice in one step; name it once, with its tokens in all"),
+                ));
+            }
+            hot.step = self.steps;
+        }
+        Ok(())
+    }
+
+    /// A step as long as every slot stays within the extents that it needs already. Anything else,
+    /// mistakes included, is left to the long way.
+    pub(crate) fn step_within(&mut self, entries: &[SlotTokens]) -> Quick {
+        self.steps += 1;
+        let step = self.steps;
+        for entry in entries {
+            let Some(hot) = self.hot.get_mut(index(entry.slot.index())) else { return Quick::Beyond };
+            let known = hot.live == entry.slot.generation() && entry.slot.cache() == self.cache;
+            let within = hot.tokens <= entry.tokens && entry.tokens <= hot.edge;
+            if !(known && within && hot.step != step) {
+                return Quick::Beyond;
+            }
+            hot.step = step;
+        }
+        let mut more = 0;
+        for entry in entries {
+            let hot = &mut self.hot[index(entry.slot.index())];
+            more += entry.tokens.get() - hot.tokens.get();
+            hot.tokens = entry.tokens;
+        }
+        self.tokens += TokenCount::new(more);
+        self.count_tokens();
+        Quick::Done
+    }
+
+    /// Keeps others away from a slot that an operation works on with no lock held.
+    pub(crate) fn set_busy(&mut self, slot: u32) {
+        debug_assert_eq!(self.records[index(slot)].state, State::Active);
+        self.records[index(slot)].state = State::Busy;
+        self.hot[index(slot)].live = 0;
+    }
+
+    /// Ends what [`set_busy`](Self::set_busy) began.
+    pub(crate) fn set_active(&mut self, slot: u32) {
+        let record = &mut self.records[index(slot)];
+        record.state = State::Active;
+        self.hot[index(slot)].live = record.generation;
+    }
+
+    /// Publishes a slot's tokens: its runs cover them.
+    pub(crate) fn set_tokens(&mut self, slot: u32, tokens: TokenCount) {
+        let hot = &mut self.hot[index(slot)];
+        self.tokens = self.tokens + tokens - hot.tokens;
+        hot.tokens = tokens;
+        let record = &mut self.records[index(slot)];
+        if record.prompt.is_zero() {
+            record.prompt = tokens;
+        }
+        self.restore_needed(slot);
+        self.count_tokens();
+    }
+
+    /// Works out anew how many pieces the slot's tokens need.
+    pub(crate) fn restore_needed(&mut self, slot: u32) {
+        let layout = Arc::clone(&self.layout);
+        let backed = layout.round_to_tile(self.tokens(slot));
+        for (tensor, layout) in layout.tensors().iter().enumerate() {
+            let place = Place { slot, tensor };
+            let pieces = self.run(place).covering(layout.granules(backed));
+            self.set_needed(place, pieces.expect("tokens are published after their memory"));
+        }
+        self.settle(slot);
+    }
+
+    /// Says how many pieces of a run are needed, without publishing tokens yet.
+    pub(crate) fn set_needed(&mut self, place: Place, pieces: usize) {
+        let run = &mut self.records[index(place.slot)].runs[place.tensor];
+        self.frontier = self.frontier - run.frontier();
+        run.set_needed(pieces);
+        self.frontier += run.frontier();
+    }
+
+    /// Adds a mapped piece at the end of a run.
+    pub(crate) fn push(&mut self, place: Place, piece: Piece) {
+        self.backed += piece.granules();
+        self.records[index(place.slot)].runs[place.tensor].push(piece);
+    }
+
+    /// Takes the last piece of a run out, if it holds nobody's tokens.
+    pub(crate) fn pop_spare(&mut self, place: Place) -> Option<Spare> {
+        let record = &mut self.records[index(place.slot)];
+        let piece = record.runs[place.tensor].pop_spare()?;
+        let fences = record.fences.clone();
+        self.backed -= piece.granules();
+        self.settle(place.slot);
+        Some(Spare { place, piece, fences })
+    }
+
+    /// Puts back a piece that was taken out and not unmapped.
+    pub(crate) fn restore(&mut self, spare: Spare) {
+        self.push(spare.place, spare.piece);
+        self.settle(spare.place.slot);
+    }
+
+    /// Notes a piece that the driver would not let go of.
+    pub(crate) fn add_stuck(&mut self, place: Place, piece: Piece) {
+        self.stuck += piece.granules();
+        self.records[index(place.slot)].runs[place.tensor].stuck().push(piece);
+        self.count_memory();
+    }
+
+    /// Takes the pieces of a run that the driver would not let go of, to try again.
+    pub(crate) fn take_stuck(&mut self, place: Place) -> Vec<Piece> {
+        let run = &mut self.records[index(place.slot)].runs[place.tensor];
+        self.stuck -= run.stuck_granules();
+        std::mem::take(run.stuck())
+    }
+
+    /// Gives a slot to a new request: the parked one that fits best, or an empty one.
+    ///
+    /// Returns it busy, with the fences that its earlier owner left.
+    pub(crate) fn acquire(&mut self, hint: TokenCount, short: bool) -> Result<SlotId> {
+        let hint = self.layout.round_to_tile(hint.max(TokenCount::new(1)));
+        let wish = Wish::new(hint, &self.layout.tensors()[self.lead], self.terms[self.lead], short);
+        let score = |slot: u32| wish.score(&self.records[index(slot)].runs[self.lead]);
+        let above = self.by_room.range((hint, 0)..).take(CANDIDATES_ABOVE);
+        let below = self.by_room.range(..(hint, 0)).rev().take(CANDIDATES_BELOW);
+        let parked = above.chain(below).map(|(_, slot)| *slot);
+        let best = parked.chain(self.empty.first().copied()).map(|slot| (score(slot), slot)).min_by(
+            |(one, one_slot), (other, other_slot)| one.total_cmp(other).then(one_slot.cmp(other_slot)),
+        );
+        let Some((_, slot)) = best else {
+            return Err(Error::new(
+                ErrorKind::NoFreeSlot,
+                format!(
+                    "all {} slots are in use; retire one, or create the cache with more",
+                    self.layout.slots()
+                ),
+            ));
+        };
+        let record = &mut self.records[index(slot)];
+        let was = std::mem::replace(&mut record.state, State::Busy);
+        self.empty.remove(&slot);
+        if was == State::Parked {
+            self.by_room.remove(&(record.backed, slot));
+            self.counters.adopted.bump();
+            self.counters.parked_slots.sub(1);
+        }
+        record.generation += 1;
+        record.prompt = TokenCount::ZERO;
+        let id = SlotId::new(slot, self.cache, record.generation);
+        self.active += 1;
+        self.counters.acquired.bump();
+        self.counters.active_slots.set(self.active);
+        Ok(id)
+    }
+
+    /// The request is done: its extents stay mapped until somebody adopts or reclaims them.
+    pub(crate) fn retire(&mut self, slot: u32, fences: Vec<Fence>) {
+        self.add_fences(slot, fences);
+        let hot = &mut self.hot[index(slot)];
+        self.tokens -= hot.tokens;
+        hot.tokens = TokenCount::ZERO;
+        hot.live = 0;
+        for tensor in 0..self.layout.tensors().len() {
+            self.set_needed(Place { slot, tensor }, 0);
+        }
+        self.active -= 1;
+        let record = &mut self.records[index(slot)];
+        // The new age orders the slot anew; `settle` finds out whether anything is left to park.
+        self.by_age.remove(&(record.stamp, slot));
+        self.clock += 1;
+        record.stamp = self.clock;
+        record.state = State::Parked;
+        self.counters.parked_slots.add(1);
+        self.by_room.insert((record.backed, slot));
+        self.settle(slot);
+        self.counters.active_slots.set(self.active);
+        self.count_tokens();
+    }
+
+    /// Takes tokens away; what held them is spare from now on.
+    pub(crate) fn truncate(&mut self, slot: u32, tokens: TokenCount, fences: Vec<Fence>) {
+        self.add_fences(slot, fences);
+        let record = &mut self.records[index(slot)];
+        self.by_age.remove(&(record.stamp, slot));
+        self.clock += 1;
+        record.stamp = self.clock;
+        self.set_tokens(slot, tokens);
+    }
+
+    /// The spare extents of the slots of least use, one at a time.
+    pub(crate) fn pop_oldest(&mut self) -> Option<Spare> {
+        let (_, slot) = *self.by_age.first()?;
+        // The run that backs the most tokens gives first, so that all stay about equally long.
+        let layout = Arc::clone(&self.layout);
+        let runs = &self.records[index(slot)].runs;
+        let tensor = (0..runs.len())
+            .filter(|tensor| runs[*tensor].spare().is_some())
+            .max_by_key(|tensor| layout.tensors()[*tensor].tokens_within(runs[*tensor].end()))?;
+        self.pop_spare(Place { slot, tensor })
+    }
+
+    /// A spare extent of exactly that class, from a slot of little use.
+    pub(crate) fn pop_matching(&mut self, granules: Granules) -> Option<Spare> {
+        let place = self.by_age.iter().take(MATCHING_SLOTS).find_map(|(_, slot)| {
+            let runs = &self.records[index(*slot)].runs;
+            let tensor =
+                runs.iter().position(|run| run.spare().is_some_and(|piece| piece.granules() == granules))?;
+            Some(Place { slot: *slot, tensor })
+        })?;
+        self.pop_spare(place)
+    }
+
+    /// Brings everything that follows from a slot's runs and state up to date.
+    pub(crate) fn settle(&mut self, slot: u32) {
+        let tensors = self.layout.tensors();
+        let most = self.layout.max_tokens();
+        let record = &mut self.records[index(slot)];
+        let (mut within, mut backed) = (most, most);
+        let (mut spare, mut pieces) = (false, false);
+        for (run, tensor) in record.runs.iter().zip(tensors) {
+            within = within.min(reach(tensor, run.frontier()));
+            backed = backed.min(reach(tensor, run.end()));
+            spare |= run.spare().is_some();
+            pieces |= !run.pieces().is_empty();
+        }
+        self.hot[index(slot)].edge = self.layout.tile_floor(within);
+        if record.state == State::Parked {
+            self.by_room.remove(&(record.backed, slot));
+            if pieces {
+                self.by_room.insert((backed, slot));
+            } else {
+                record.state = State::Empty;
+                self.trash.append(&mut record.fences);
+                self.empty.insert(slot);
+                self.counters.parked_slots.sub(1);
+            }
+        } else if record.state == State::Empty && pieces {
+            // A piece came back that could not be unmapped.
+            record.state = State::Parked;
+            self.empty.remove(&slot);
+            self.by_room.insert((backed, slot));
+            self.counters.parked_slots.add(1);
+        }
+        record.backed = backed;
+        if spare {
+            self.by_age.insert((record.stamp, slot));
+        } else {
+            self.by_age.remove(&(record.stamp, slot));
+        }
+        self.count_memory();
+    }
+
+    fn add_fences(&mut self, slot: u32, fences: Vec<Fence>) {
+        let kept = &mut self.records[index(slot)].fences;
+        for fence in fences {
+            // A later event of the same stream says all that the earlier one did.
+            if fence.stream.is_some() {
+                self.trash.extend(kept.extract_if(.., |other| other.stream == fence.stream));
+            }
+            kept.push(fence);
+        }
+    }
+
+    /// Forgets fences that have fired.
+    pub(crate) fn drop_fences(&mut self, slot: u32, fired: &[Fence]) {
+        let is_fired = |fence: &mut Fence| fired.iter().any(|other| Arc::ptr_eq(&fence.event, &other.event));
+        self.trash.extend(self.records[index(slot)].fences.extract_if(.., is_fired));
+    }
+
+    /// Every fence of every slot, and those that nobody needs any more.
+    pub(crate) fn all_fences(&mut self) -> Vec<Fence> {
+        let of_slots = self.records.iter().flat_map(|record| &record.fences).cloned();
+        of_slots.chain(std::mem::take(&mut self.trash)).collect()
+    }
+
+    /// Fences that nobody needs any more, to be dropped where no lock is held.
+    pub(crate) fn take_trash(&mut self) -> Vec<Fence> {
+        std::mem::take(&mut self.trash)
+    }
+
+    fn count_tokens(&self) {
+        self.counters.needed.set((self.layout.bytes_per_token() * self.tokens.get()).get());
+    }
+
+    fn count_memory(&self) {
+        let granule = self.layout.granule();
+        self.counters.mapped.set(granule.to_bytes(self.frontier).get());
+        self.counters.parked.set(granule.to_bytes(self.parked()).get());
+        self.counters.quarantined.set(granule.to_bytes(self.stuck).get());
+    }
+
+    /// Compares the totals and the orders with the records; returns all granules in runs.
+    pub(crate) fn audit(&self) -> Result<Granules, String> {
+        let (mut frontier, mut backed, mut stuck) = (Granules::ZERO, Granules::ZERO, Granules::ZERO);
+        let mut tokens = TokenCount::ZERO;
+        let (mut active, mut parked) = (0, 0);
+        for (slot, (record, hot)) in (0..).zip(self.records.iter().zip(&self.hot)) {
+            for (run, tensor) in record.runs.iter().zip(self.layout.tensors()) {
+                let listed: Granules = run.pieces().iter().map(Piece::granules).sum();
+                if listed != run.end() {
+                    return Err(format!("slot {slot}: pieces of {listed} granules end at {}", run.end()));
+                }
+                let need = tensor.granules(self.layout.round_to_tile(hot.tokens));
+                if run.frontier() < need {
+                    return Err(format!(
+                        "slot {slot}: {} granules are backed and {need} needed",
+                        run.frontier()
+                    ));
+                }
+                frontier += run.frontier();
+                backed += run.end();
+                stuck += run.stuck_granules();
+            }
+            tokens += hot.tokens;
+            let spare = record.runs.iter().any(|run| run.spare().is_some());
+            let pieces = record.runs.iter().any(|run| !run.pieces().is_empty());
+            if spare != self.by_age.contains(&(record.stamp, slot)) {
+                return Err(format!(
+                    "slot {slot}: spare memory is {spare}, and the order by age says otherwise"
+                ));
+            }
+            if (record.state == State::Parked) != self.by_room.contains(&(record.backed, slot)) {
+                return Err(format!(
+                    "slot {slot} is {:?}, and the order for adoption says otherwise",
+                    record.state
+                ));
+            }
+            if (record.state == State::Empty) != self.empty.contains(&slot) {
+                return Err(format!(
+                    "slot {slot} is {:?}, and the list of empty ones says otherwise",
+                    record.state
+                ));
+            }
+            match record.state {
+                State::Empty if pieces => return Err(format!("slot {slot} is empty and has memory")),
+                State::Parked if !pieces => return Err(format!("slot {slot} is parked and has no memory")),
+                State::Parked => parked += 1,
+                State::Active | State::Busy => active += 1,
+                State::Empty => {}
+            }
+        }
+        let listed = wide(self.by_room.len());
+        let totals = (frontier, backed, stuck, tokens, active, parked);
+        let counted = (self.frontier, self.backed, self.stuck, self.tokens, self.active, listed);
+        if totals != counted {
+            return Err(format!("the records add up to {totals:?}, the totals say {counted:?}"));
+        }
+        Ok(backed + stuck)
+    }
+
+    /// One slot's state, tokens and granules (needed, backed).
+    pub(crate) fn describe(&self, slot: u32) -> (State, TokenCount, Granules, Granules) {
+        let record = &self.records[index(slot)];
+        let needed = record.runs.iter().map(Run::frontier).sum();
+        let backed = record.runs.iter().map(Run::end).sum();
+        (record.state, self.hot[index(slot)].tokens, needed, backed)
+    }
+}
+
+/// The tokens that a run's first granules hold; no limit where they hold the slot's most tokens.
+fn reach(tensor: &crate::layout::TensorLayout, granules: Granules) -> TokenCount {
+    if granules >= tensor.max_granules() { TokenCount::new(u64::MAX) } else { tensor.tokens_within(granules) }
+}
+
+#[cold]
+fn stale(id: SlotId) -> Error {
+    Error::new(
+        ErrorKind::StaleSlot,
+        format!("{id:?} was retired; use the id that acquire gave to the request that is running"),
+    )
+}
+
+#[cold]
+fn foreign(id: SlotId, cache: u32) -> Error {
+    Error::new(
+        ErrorKind::ForeignSlot,
+        format!("{id:?} was given out by another cache; this one has number {cache}"),
+    )
+}
