@@ -17,6 +17,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -25,7 +26,6 @@ use crate::driver::books::{Books, Live};
 use crate::driver::{Access, Driver, DriverInfo, MemoryInfo, RawEvent, RawHandle, Stream};
 use crate::error::{DriverFailure, Error, ErrorKind, Result, Verb};
 use crate::sync::Leaf;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use crate::units::{Bytes, DeviceAddr};
 
 mod costs;

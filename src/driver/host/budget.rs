@@ -9,9 +9,9 @@
 
 use std::fs;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Left to the rest of the process: libraries, thread stacks, heaps, pinned buffers. A Python server
 /// with PyTorch has some thousands.

@@ -41,9 +41,9 @@ struct State {
     next_handle: u64,
     /// Undoing failed: what is mapped where is not known any more.
     lost: bool,
-    /// How many system calls from now on the next is refused, once.
+    /// Which of the next system calls that show or hide memory are refused.
     #[cfg(test)]
-    refuse_in: Option<u32>,
+    refusals: std::collections::VecDeque<bool>,
 }
 
 impl Host {
@@ -86,7 +86,7 @@ impl Host {
                 next_handle: 1,
                 lost: false,
                 #[cfg(test)]
-                refuse_in: None,
+                refusals: std::collections::VecDeque::new(),
             }),
             events: Events::default(),
         }))
@@ -184,11 +184,8 @@ impl State {
 
     fn show(&mut self, run: Run) -> Result<(), Errno> {
         #[cfg(test)]
-        if let Some(left) = self.refuse_in {
-            self.refuse_in = left.checked_sub(1);
-            if left == 0 {
-                return Err(Errno::NO_MEMORY);
-            }
+        if self.refusals.pop_front() == Some(true) {
+            return Err(Errno::NO_MEMORY);
         }
         match run.cover {
             // SAFETY: the books say that the run lies in a reservation of this driver; that nobody uses it is the
@@ -429,5 +426,80 @@ impl Drop for Host {
                 tracing::error!(?errno, addr = base, "the system did not take addresses back");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRANULE: Bytes = Bytes::new(64 << 10);
+
+    /// What the kernel shows in a range: where each piece ends, its protection and its offset in the file.
+    fn kernel_shows(addr: DeviceAddr, size: Bytes) -> Vec<(u64, String, u64)> {
+        let (from, to) = (addr.get(), addr.get() + size.get());
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines()
+            .filter_map(|line| {
+                let mut fields = line.split_whitespace();
+                let (start, end) = fields.next()?.split_once('-')?;
+                let start = u64::from_str_radix(start, 16).ok()?;
+                let end = u64::from_str_radix(end, 16).ok()?;
+                let protection = fields.next()?.to_owned();
+                let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+                (start < to && end > from).then_some((end.min(to), protection, offset))
+            })
+            .collect()
+    }
+
+    /// Four handles in an order in which no two of them merge, mapped and not yet accessible.
+    fn four_runs() -> (Arc<Host>, DeviceAddr, Bytes, Vec<RawHandle>) {
+        let host = Host::new(HostOptions::new(GRANULE, Bytes::mib(64))).unwrap();
+        let size = GRANULE * 4;
+        let base = host.reserve(size).unwrap();
+        let handles: Vec<_> = (0..4).map(|_| host.create(GRANULE).unwrap()).collect();
+        for (place, which) in [3, 2, 1, 0].into_iter().enumerate() {
+            let addr = base + GRANULE * crate::units::wide(place);
+            // SAFETY: a free granule of this test's reservation, and the handle's whole size.
+            unsafe { host.map(addr, GRANULE, handles[which]) }.unwrap();
+        }
+        (host, base, size, handles)
+    }
+
+    #[test]
+    fn a_call_that_fails_half_way_shows_what_was_there() {
+        for refused in 0..4 {
+            let (host, base, size, _) = four_runs();
+            // SAFETY: one mapping of this test, which nobody uses.
+            unsafe { host.set_access(base + GRANULE, GRANULE, Access::Read) }.unwrap();
+            let before = (kernel_shows(base, size), host.kernel_mappings(), host.live());
+            host.state.lock().refusals = (0..=refused).map(|call| call == refused).collect();
+            // SAFETY: four mappings of this test, which nobody uses.
+            let error = unsafe { host.set_access(base, size, Access::ReadWrite) }.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::OutOfMappings);
+            assert_eq!((kernel_shows(base, size), host.kernel_mappings(), host.live()), before);
+            // SAFETY: as before.
+            unsafe { host.set_access(base, size, Access::ReadWrite) }.unwrap();
+            assert_eq!(kernel_shows(base, size).len(), 4);
+
+            host.state.lock().refusals.push_back(true);
+            let before = (kernel_shows(base, size), host.kernel_mappings(), host.live());
+            // SAFETY: as before.
+            unsafe { host.unmap(base, size) }.unwrap_err();
+            assert_eq!((kernel_shows(base, size), host.kernel_mappings(), host.live()), before);
+            // SAFETY: as before.
+            unsafe { host.unmap(base, size) }.unwrap();
+            assert_eq!(kernel_shows(base, size).len(), 1);
+        }
+    }
+
+    #[test]
+    fn a_failure_that_cannot_be_undone_loses_the_driver() {
+        let (host, base, size, _) = four_runs();
+        host.state.lock().refusals = [false, true, true].into();
+        // SAFETY: four mappings of this test, which nobody uses.
+        let error = unsafe { host.set_access(base, size, Access::ReadWrite) }.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfMappings);
+        assert_eq!(host.create(GRANULE).unwrap_err().kind(), ErrorKind::DeviceLost);
     }
 }
