@@ -3,6 +3,7 @@
 //! Each check gets a driver of its own, with room for 64 granules, and leaves nothing behind. A new
 //! backend is one more line in [`BACKENDS`].
 
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 #![allow(unsafe_code, reason = "the suite calls the unsafe verbs, in order and out of it")]
 
 use std::sync::Arc;
@@ -18,8 +19,10 @@ use vattn::driver::host::{Host, HostOptions};
 
 const CAPACITY_IN_GRANULES: u64 = 64;
 
+type Make = Option<fn() -> Subject>;
+
 /// Every backend, and how to make one; `None` where this build or machine has none.
-const BACKENDS: [(&str, Option<fn() -> Subject>); 5] = [
+const BACKENDS: [(&str, Make); 5] = [
     ("host", HOST),
     ("ledger", Some(ledger)),
     ("checked(host)", CHECKED_HOST),
@@ -28,13 +31,13 @@ const BACKENDS: [(&str, Option<fn() -> Subject>); 5] = [
 ];
 
 #[cfg(target_os = "linux")]
-const HOST: Option<fn() -> Subject> = Some(host);
+const HOST: Make = Some(host);
 #[cfg(target_os = "linux")]
-const CHECKED_HOST: Option<fn() -> Subject> = Some(|| checked(host()));
+const CHECKED_HOST: Make = Some(|| checked(host()));
 #[cfg(not(target_os = "linux"))]
-const HOST: Option<fn() -> Subject> = None;
+const HOST: Make = None;
 #[cfg(not(target_os = "linux"))]
-const CHECKED_HOST: Option<fn() -> Subject> = None;
+const CHECKED_HOST: Make = None;
 
 /// How a test holds back a stream's work, where the backend lets it.
 struct Controls {

@@ -5,6 +5,7 @@
 //! default first: the suite then also runs under AddressSanitizer.
 
 #![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 #![allow(unsafe_code, reason = "calls the unsafe verbs, and touches what must fault")]
 
 use std::sync::Arc;
