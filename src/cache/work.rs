@@ -332,11 +332,9 @@ impl Progress {
         let (places, sources): (Vec<_>, Vec<_>) =
             wants.into_iter().map(|want| ((want.place, want.at), want.source)).unzip();
 
-        let unmapped = self.unmap(&fates, stuck, &fences);
-        let (mut unmapped, freed) = match unmapped {
-            Ok(unmapped) => (unmapped, Ok(())),
-            Err((unmapped, error)) => (unmapped, Err(error)),
-        };
+        let mut unmapped = Vec::with_capacity(fates.len());
+        let freed = self.unmap(stuck, &fences, &mut unmapped);
+        unmapped.resize_with(fates.len(), || None);
         let freed = freed.and_then(|()| self.release(&fates, &mut unmapped));
 
         // From here on every source is an extent, or is given up.
@@ -385,29 +383,27 @@ impl Progress {
         result
     }
 
-    /// Unmaps what was taken, in order. What could not be is left where it was; the extents of the
-    /// rest come back by number.
+    /// Unmaps what was taken, in order, and appends the extents. What could not be unmapped, and what
+    /// comes behind it, is left where it was.
     fn unmap(
         &mut self,
-        fates: &[Fate],
         stuck: Vec<(Place, Piece)>,
         fences: &[slot::Fence],
-    ) -> Result<Vec<Option<Extent>>, (Vec<Option<Extent>>, Error)> {
-        let mut extents: Vec<Option<Extent>> = Vec::with_capacity(fates.len());
-        let mut failure = None;
+        extents: &mut Vec<Option<Extent>>,
+    ) -> Result<()> {
+        let mut result = Ok(());
         for (place, piece) in stuck {
             match piece.unmap() {
                 Ok(extent) => self.extents.push(extent),
                 Err(Stuck { error, extent, piece }) => {
                     self.extents.extend(extent);
                     self.stuck.extend(piece.map(|piece| (place, piece)));
-                    failure.get_or_insert(error);
+                    result = result.and(Err(error));
                 }
             }
         }
-        let waited = failure.map_or_else(|| fence::wait(fences), Err);
+        let mut result = result.and_then(|()| fence::wait(fences));
         let mut spares = std::mem::take(&mut self.not_unmapped).into_iter();
-        let mut result = waited;
         while result.is_ok() {
             let Some(spare) = spares.next() else { break };
             if let Err(error) = self.wait_for(&spare) {
@@ -429,11 +425,7 @@ impl Progress {
             }
         }
         self.not_unmapped.extend(spares);
-        extents.resize_with(fates.len(), || None);
-        match result {
-            Ok(()) => Ok(extents),
-            Err(error) => Err((extents, error)),
-        }
+        result
     }
 
     /// Waits for a piece's fences, once for each slot that pieces come from.

@@ -390,7 +390,7 @@ impl SlotTable {
     /// Says how many pieces of a run are needed, without publishing tokens yet.
     pub(crate) fn set_needed(&mut self, place: Place, pieces: usize) {
         let run = &mut self.records[index(place.slot)].runs[place.tensor];
-        self.frontier = self.frontier - run.frontier();
+        self.frontier -= run.frontier();
         run.set_needed(pieces);
         self.frontier += run.frontier();
     }

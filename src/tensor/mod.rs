@@ -40,10 +40,6 @@ impl Tensor {
         Ok(Self { layout: layout.clone(), granule: driver.info().granule, reservation })
     }
 
-    pub(crate) fn layout(&self) -> &TensorLayout {
-        &self.layout
-    }
-
     pub(crate) fn addr(&self) -> DeviceAddr {
         self.reservation.addr()
     }
