@@ -1,2 +1,6 @@
-//! To come.
+//! t
+mod num;
+mod server;
+mod size;
+mod trace;
 fn main() {}
