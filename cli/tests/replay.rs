@@ -1,5 +1,7 @@
 //! The program as its users meet it: output, errors and exit codes.
 
+#![expect(clippy::unwrap_used, reason = "a failure to start or to read is a failure of the test")]
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 

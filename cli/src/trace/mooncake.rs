@@ -3,7 +3,7 @@
 
 use serde::Deserialize;
 
-use crate::num::{float, whole, wide};
+use crate::num::{float, whole};
 use crate::trace::{MOST_TOKENS, Problem, Request, Wrong, lines};
 
 /// What a line must have, for messages.
