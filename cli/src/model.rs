@@ -1,6 +1,10 @@
 //! From a model and a layout to the tensors that policies manage.
 
-use vattn::units::{Bytes, TokenCount};
+use std::path::Path;
+
+use vattn::geometry::{Config, Geometry, LayoutChoice};
+use vattn::layout::Layout;
+use vattn::units::{Bytes, Device, GranuleSize, TokenCount};
 use vattn::{Error, ErrorKind, Result};
 use vattn_baselines::{Shape, TensorShape};
 
@@ -23,41 +27,98 @@ pub(crate) struct Wanted<'a> {
 pub(crate) struct Plan {
     /// The model's name in reports.
     pub(crate) model: String,
-    /// The layout's name in reports.
-    pub(crate) layout: String,
+    /// What a cache is made from.
+    pub(crate) config: Config,
     /// What the baselines manage.
     pub(crate) shape: Shape,
 }
 
 /// Plans the tensors.
 pub(crate) fn plan(wanted: &Wanted<'_>) -> Result<Plan> {
-    let invalid = |message: String| Error::new(ErrorKind::InvalidGeometry, message);
-    if wanted.model != "llama-3-8b" {
-        return Err(invalid(format!("there is no preset '{}'; use llama-3-8b", wanted.model)));
+    let (model, geometry) = geometry(wanted.model, wanted.tensor_parallel)?;
+    let layout: LayoutChoice = wanted.layout.parse()?;
+    let config = Config::builder(geometry)
+        .layout(layout)
+        .max_slots(wanted.max_slots)
+        .max_tokens(wanted.max_tokens)
+        .tile_tokens(wanted.tile_tokens)
+        .budget(wanted.budget)
+        .build()?;
+    let granule = GranuleSize::new(wanted.granule).ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidConfig,
+            format!("a granule of {} is not a power of two; 2 MiB is what CUDA has", wanted.granule),
+        )
+    })?;
+    let tensors = Layout::new(&config, granule, Device::Cpu)?
+        .tensors()
+        .iter()
+        .map(|tensor| TensorShape { row: tensor.row(), stride: tensor.slot_stride() })
+        .collect();
+    let tile = TokenCount::new(wanted.tile_tokens.into());
+    let shape = Shape::new(tensors, wanted.max_slots, wanted.max_tokens, tile, wanted.budget)?;
+    Ok(Plan { model, config, shape })
+}
+
+/// A preset's geometry, or that of a configuration file: whatever looks like a path is one.
+fn geometry(model: &str, ranks: u32) -> Result<(String, Geometry)> {
+    let path = Path::new(model);
+    let is_file = path.components().count() > 1 || path.extension().is_some_and(|end| end == "json");
+    if !is_file {
+        return Ok((model.to_ascii_lowercase(), Geometry::preset(model)?.with_tensor_parallel(ranks)?));
     }
-    let heads = 8 / u64::from(wanted.tensor_parallel.clamp(1, 8));
-    let piece = Bytes::new(heads * 128 * 2);
-    let (tensors, row) = match wanted.layout {
-        "sliced" => (2, piece * 32),
-        "sliced-interleaved" => (1, piece * 64),
-        "per-layer" => (64, piece),
-        other => return Err(invalid(format!("there is no layout '{other}'; use sliced or per-layer"))),
-    };
-    let stride = row
-        .checked_mul(wanted.max_tokens.get())
-        .and_then(|size| size.checked_next_multiple_of(wanted.granule));
-    let Some(stride) = stride else {
-        return Err(invalid(format!(
-            "{} tokens of {row} are more than 2^64 bytes; use fewer",
-            wanted.max_tokens
-        )));
-    };
-    let shape = Shape::new(
-        vec![TensorShape { row, stride }; tensors],
-        wanted.max_slots,
-        wanted.max_tokens,
-        TokenCount::new(wanted.tile_tokens.into()),
-        wanted.budget,
-    )?;
-    Ok(Plan { model: wanted.model.into(), layout: wanted.layout.into(), shape })
+    let json = std::fs::read_to_string(path).map_err(|error| {
+        Error::new(
+            ErrorKind::InvalidArgument,
+            format!("{model}: {error}; give a model's config.json or a preset's name"),
+        )
+    })?;
+    let geometry = Geometry::from_hf_config(&json, ranks).map_err(|error| error.context(model))?;
+    Ok((model.into(), geometry))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(layout: &str) -> Wanted<'_> {
+        Wanted {
+            model: "llama-3-8b",
+            tensor_parallel: 1,
+            layout,
+            max_slots: 4,
+            max_tokens: TokenCount::new(1000),
+            tile_tokens: 1,
+            budget: Bytes::gib(1),
+            granule: Bytes::mib(2),
+        }
+    }
+
+    #[test]
+    fn layouts_become_tensors() {
+        for (layout, tensors, row) in [
+            ("sliced", 2, 64 << 10),
+            ("sliced-interleaved", 1, 128 << 10),
+            ("per-layer", 64, 2 << 10),
+            ("grouped:8", 8, 16 << 10),
+        ] {
+            let plan = plan(&wanted(layout)).unwrap();
+            assert_eq!(plan.shape.tensors().len(), tensors, "{layout}");
+            assert!(plan.shape.tensors().iter().all(|tensor| tensor.row == Bytes::new(row)), "{layout}");
+            assert_eq!(plan.shape.bytes_per_token(), Bytes::new(128 << 10));
+            assert_eq!(plan.config.layout().to_string(), layout);
+        }
+    }
+
+    #[test]
+    fn ranks_share_the_heads() {
+        let plan = plan(&Wanted { tensor_parallel: 4, ..wanted("sliced") }).unwrap();
+        assert_eq!(plan.shape.bytes_per_token(), Bytes::new(32 << 10));
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let error = plan(&Wanted { model: "no/such/config.json", ..wanted("sliced") }).unwrap_err();
+        assert!(error.report().starts_with("no/such/config.json: "), "{error}");
+    }
 }

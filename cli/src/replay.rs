@@ -59,7 +59,8 @@ pub(crate) struct Args {
     /// baselines, JSON without it is vattn's
     #[arg(long, value_enum, value_delimiter = ',', value_name = "NAME,...")]
     policy: Vec<PolicyKind>,
-    /// How layers become tensors: sliced, sliced-interleaved, per-layer, grouped:N
+    /// How layers become tensors: sliced, per-layer or grouped:N, and -interleaved after it
+    /// where K and V share a tensor
     #[arg(long, default_value = "sliced", value_name = "LAYOUT")]
     layout: String,
     /// How many requests can be active at once

@@ -89,7 +89,7 @@ impl Report {
             driver,
             policy,
             model: plan.model.clone(),
-            layout: plan.layout.clone(),
+            layout: plan.config.layout().to_string(),
             trace: trace.name.clone(),
             requests: wide(trace.requests.len()),
             completed: outcome.completed,
