@@ -8,11 +8,16 @@
 //! |---|---|---|
 //! | 1 | slot table | [`cache`](crate::cache) |
 //! | 2 | pool | [`cache`](crate::cache) |
+//!
+//! A driver's own books sit behind a [`Leaf`]: no rank, because nothing but system calls is called
+//! under one.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic;
 #[cfg(not(loom))]
 pub(crate) use std::sync::atomic;
+
+pub(crate) use parking_lot::{Condvar, Mutex as Leaf};
 
 #[cfg(debug_assertions)]
 thread_local! {

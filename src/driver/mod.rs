@@ -28,10 +28,15 @@ use std::fmt;
 use crate::error::Result;
 use crate::units::{Bytes, Device, DeviceAddr, GranuleSize};
 
+#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "some of it is for the host driver alone"))]
+mod books;
 pub mod checked;
+mod events;
 pub mod host;
 pub mod ledger;
 pub mod owned;
+
+pub use books::Live;
 
 /// A physical allocation's handle, as the driver numbers it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
