@@ -14,9 +14,9 @@
 pub mod paged;
 pub mod policy;
 pub mod shape;
-#[doc(hidden)]
-pub mod standin;
 pub mod static_slots;
+#[cfg(test)]
+mod testing;
 pub mod vattention;
 
 pub use paged::Paged;

@@ -228,17 +228,18 @@ impl Policy for Paged {
 mod tests {
     use super::*;
     use crate::shape::tests::sliced;
-    use crate::standin::StandIn;
+    use crate::testing::{calls, driver, is_empty};
+    use vattn::error::Verb;
 
     const A: RequestId = RequestId::new(0);
     const B: RequestId = RequestId::new(1);
 
     #[test]
     fn blocks_are_taken_and_given_back() {
-        let driver = StandIn::handle(Bytes::mib(2));
+        let driver = driver();
         // 16 tokens of 128 KiB are 2 MiB: a budget of 8 MiB has 4 blocks.
         let mut paged = Paged::new(&driver.0, &sliced(8, 1000, Bytes::mib(9))).unwrap();
-        assert_eq!(driver.1.books().map, 1);
+        assert_eq!(calls(&driver.1, Verb::Map), 1);
         assert!(paged.can_ever_hold(TokenCount::new(64)) && !paged.can_ever_hold(TokenCount::new(65)));
         assert!(paged.admit(A, TokenCount::new(17)).unwrap());
         assert!(!paged.admit(B, TokenCount::new(33)).unwrap());
@@ -254,6 +255,6 @@ mod tests {
         assert_eq!(paged.step(&[(A, TokenCount::new(63))]).unwrap_err().kind(), ErrorKind::FewerTokens);
         assert!(paged.retire(B).is_err());
         drop(paged);
-        assert!(driver.1.is_empty());
+        assert!(is_empty(&driver.1));
     }
 }

@@ -3,9 +3,9 @@
 //! Owns as many slots as the budget holds at full length, at most as many as were asked for. Where
 //! the budget holds none, nothing is made and every request is one that can never be held.
 
+use vattn::Result;
 use vattn::driver::owned::{DriverHandle, Reservation};
 use vattn::units::{Bytes, TokenCount};
-use vattn::{Error, ErrorKind, Result};
 
 use crate::paged::{Pinned, admitted_already, fewer_tokens, not_admitted};
 use crate::policy::{Policy, RequestId, Usage};
@@ -130,32 +130,15 @@ impl Policy for StaticSlots {
     }
 }
 
-/// Kept out of [`Policy::can_ever_hold`]: a caller may want to say why nothing can be held.
-impl StaticSlots {
-    /// Why the budget holds no slot, if it holds none.
-    #[must_use]
-    pub fn shortfall(&self, budget: Bytes) -> Option<Error> {
-        (self.slots == 0).then(|| {
-            Error::new(
-                ErrorKind::OutOfBudget,
-                format!(
-                    "one slot of {} tokens takes {} and the budget is {budget}; lower the tokens or raise it",
-                    self.max_tokens, self.slot_bytes
-                ),
-            )
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::shape::tests::sliced;
-    use crate::standin::StandIn;
+    use crate::testing::{driver, is_empty};
 
     #[test]
     fn slots_are_whole_and_few() {
-        let driver = StandIn::handle(Bytes::mib(2));
+        let driver = driver();
         // A slot of 1,024 tokens is 128 MiB.
         let mut policy = StaticSlots::new(&driver.0, &sliced(8, 1024, Bytes::mib(300))).unwrap();
         assert_eq!(policy.slots(), 2);
@@ -170,15 +153,14 @@ mod tests {
         policy.retire(b).unwrap();
         assert!(policy.admit(c, TokenCount::new(1)).unwrap());
         drop(policy);
-        assert!(driver.1.is_empty());
+        assert!(is_empty(&driver.1));
     }
 
     #[test]
     fn a_budget_below_one_slot_holds_nothing() {
-        let driver = StandIn::handle(Bytes::mib(2));
+        let driver = driver();
         let policy = StaticSlots::new(&driver.0, &sliced(8, 1024, Bytes::mib(127))).unwrap();
         assert!(!policy.can_ever_hold(TokenCount::new(1)));
-        assert!(policy.shortfall(Bytes::mib(127)).is_some());
         assert_eq!(policy.usage(), Usage::default());
     }
 }

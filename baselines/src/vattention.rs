@@ -505,7 +505,9 @@ impl Drop for Vattention {
 mod tests {
     use super::*;
     use crate::shape::tests::sliced;
-    use crate::standin::StandIn;
+    use crate::testing::{calls, driver, is_empty};
+    use vattn::driver::checked::Checked;
+    use vattn::error::Verb;
 
     fn tokens(count: u64) -> TokenCount {
         TokenCount::new(count)
@@ -516,8 +518,8 @@ mod tests {
     }
 
     /// 32 tokens a block, 4 MiB a block.
-    fn policy(blocks: u64, mapping: Mapping) -> (Vattention, Arc<StandIn>) {
-        let (driver, books) = StandIn::handle(Bytes::mib(2));
+    fn policy(blocks: u64, mapping: Mapping) -> (Vattention, Arc<Checked>) {
+        let (driver, books) = driver();
         let policy = Vattention::new(&driver, &sliced(4, 1024, Bytes::mib(4 * blocks + 3)), mapping).unwrap();
         (policy, books)
     }
@@ -525,14 +527,14 @@ mod tests {
     #[test]
     fn everything_is_created_up_front_and_a_page_costs_a_map_and_an_access() {
         let (mut policy, books) = policy(10, Mapping::Synchronous);
-        assert_eq!(books.books().create, 20);
+        assert_eq!(calls(&books, Verb::Create), 20);
         let [a, b] = ids();
         assert!(policy.admit(a, tokens(33)).unwrap());
-        assert_eq!((books.books().map, books.books().set_access), (4, 4));
+        assert_eq!((calls(&books, Verb::Map), calls(&books, Verb::SetAccess)), (4, 4));
         assert!(policy.step(&[(a, tokens(64))]).unwrap());
-        assert_eq!(books.books().map, 4);
+        assert_eq!(calls(&books, Verb::Map), 4);
         assert!(policy.step(&[(a, tokens(65))]).unwrap());
-        assert_eq!(books.books().map, 6);
+        assert_eq!(calls(&books, Verb::Map), 6);
         assert_eq!(policy.usage().mapped, Bytes::mib(12));
         assert_eq!(policy.usage().held, Bytes::mib(40));
         assert!(policy.can_ever_hold(tokens(320)) && !policy.can_ever_hold(tokens(321)));
@@ -542,7 +544,7 @@ mod tests {
         assert!(!policy.step(&[(a, tokens(66)), (b, tokens(7 * 32 + 1))]).unwrap());
         assert_eq!(policy.usage(), usage);
         drop(policy);
-        assert!(books.is_empty());
+        assert!(is_empty(&books));
     }
 
     #[test]
@@ -578,14 +580,14 @@ mod tests {
         policy.retire(c).unwrap();
         assert!(policy.step(&[(a, tokens(5 * 32))]).unwrap());
         assert_eq!(policy.reclaimed(), 3);
-        assert_eq!(books.books().unmap, 6);
+        assert_eq!(calls(&books, Verb::Unmap), 6);
         let pages = policy.pages().unwrap();
         assert_eq!(pages.slots.iter().map(|slot| slot.blocks.len()).collect::<Vec<_>>(), [5, 4, 1, 0]);
         assert!(policy.admit(d, tokens(5 * 32)).unwrap(), "its own pages and the other slot's");
         assert_eq!(policy.seat(d).unwrap(), 1);
         policy.retire(a).unwrap();
         drop(policy);
-        assert!(books.is_empty());
+        assert!(is_empty(&books));
     }
 
     #[test]
@@ -595,20 +597,20 @@ mod tests {
         assert!(policy.admit(a, tokens(31)).unwrap());
         assert!(policy.step(&[(a, tokens(32))]).unwrap());
         policy.pages().unwrap();
-        assert_eq!(books.books().map, 4, "the block of token 33 is there already");
+        assert_eq!(calls(&books, Verb::Map), 4, "the block of token 33 is there already");
         assert!(policy.step(&[(a, tokens(33))]).unwrap());
         assert_eq!(policy.usage().mapped, Bytes::mib(8), "what is ahead counts as parked");
         policy.retire(a).unwrap();
         drop(policy);
-        assert!(books.is_empty());
+        assert!(is_empty(&books));
     }
 
     #[test]
     fn a_budget_below_a_block_is_refused() {
-        let (driver, books) = StandIn::handle(Bytes::mib(2));
+        let (driver, books) = driver();
         let error =
             Vattention::new(&driver, &sliced(4, 64, Bytes::mib(3)), Mapping::Synchronous).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidConfig);
-        assert!(books.is_empty());
+        assert!(is_empty(&books));
     }
 }

@@ -4,10 +4,17 @@
 
 use clap::ValueEnum;
 use serde::Serialize;
+use std::sync::Arc;
 use vattn::driver::owned::DriverHandle;
-use vattn::units::{Bytes, GranuleSize};
-use vattn::{Error, ErrorKind, Result};
-use vattn_baselines::standin::StandIn;
+
+use vattn::Result;
+use vattn::driver::Driver;
+use vattn::driver::checked::{Checked, CheckedOptions};
+use vattn::driver::host::{Host, HostOptions};
+use vattn::driver::ledger::{Ledger, LedgerOptions};
+use vattn::error::Verb;
+use vattn::stats::Counters;
+use vattn::units::Bytes;
 
 /// Where the memory is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -50,20 +57,19 @@ pub(crate) struct Books {
 #[derive(Debug)]
 pub(crate) struct Bench {
     handle: DriverHandle,
-    driver: std::sync::Arc<StandIn>,
+    checked: Arc<Checked>,
 }
 
 impl Bench {
-    /// Opens a driver that can hold `budget`.
-    pub(crate) fn open(_kind: DeviceKind, granule: Bytes, _budget: Bytes) -> Result<Self> {
-        if GranuleSize::new(granule).is_none() {
-            return Err(Error::new(
-                ErrorKind::InvalidConfig,
-                format!("a granule of {granule} is not a power of two; 2 MiB is what CUDA has"),
-            ));
-        }
-        let (handle, driver) = StandIn::handle(granule);
-        Ok(Self { handle, driver })
+    /// Opens a driver that has `budget` bytes and refuses more.
+    pub(crate) fn open(kind: DeviceKind, granule: Bytes, budget: Bytes) -> Result<Self> {
+        let inner: Arc<dyn Driver> = match kind {
+            DeviceKind::Host => Host::new(HostOptions::new(granule, budget))?,
+            DeviceKind::Ledger => Ledger::new(LedgerOptions { granule, capacity: budget, addresses: None })?,
+        };
+        let checked = Checked::new(inner, CheckedOptions { budget: Some(budget), ..CheckedOptions::REPLAY });
+        let handle = DriverHandle::new(checked.clone(), Arc::new(Counters::default()));
+        Ok(Self { handle, checked })
     }
 
     /// To make things with.
@@ -73,19 +79,18 @@ impl Bench {
 
     /// What was counted so far, and what is alive now.
     pub(crate) fn books(&self) -> Books {
-        let books = self.driver.books();
-        let (extents, mappings, reservations) = books.live;
+        let (calls, live) = (self.checked.calls(), self.checked.live());
         Books {
             calls: DriverCalls {
-                reserve: books.reserve,
-                create: books.create,
-                map: books.map,
-                set_access: books.set_access,
-                unmap: books.unmap,
-                release: books.release,
+                reserve: calls.of(Verb::Reserve),
+                create: calls.of(Verb::Create),
+                map: calls.of(Verb::Map),
+                set_access: calls.of(Verb::SetAccess),
+                unmap: calls.of(Verb::Unmap),
+                release: calls.of(Verb::Release),
             },
-            modelled_seconds: books.modelled,
-            live: Leaked { extents, mappings, reservations },
+            modelled_seconds: self.checked.modelled().as_secs_f64(),
+            live: Leaked { extents: live.handles, mappings: live.mappings, reservations: live.reservations },
         }
     }
 }
