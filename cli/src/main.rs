@@ -1,2 +1,124 @@
-//! To come.
-fn main() {}
+//! `vattn`: replays LLM traffic on a KV cache in virtual memory.
+//!
+//! Owns the arguments' frame, errors on stderr and exit codes. Each subcommand is a module of its
+//! own and returns what is printed.
+//!
+//! | room | question |
+//! |---|---|
+//! | [`replay`] | what is replayed, on what, and in which order |
+//! | [`trace`] | which requests |
+//! | [`server`] | what a server does with them, iteration by iteration |
+//! | [`model`] | which tensors the model's cache has |
+//! | [`policy`] | who manages their memory |
+//! | [`device`] | which driver is called, and what it counted |
+//! | [`report`] | what is shown |
+
+mod device;
+mod model;
+mod num;
+mod policy;
+mod replay;
+mod report;
+mod server;
+mod size;
+mod trace;
+
+use std::fmt;
+use std::io::{ErrorKind as IoKind, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use vattn::ErrorKind;
+
+const EXIT_CODES: &str = "Exit codes:
+  0  it worked
+  1  it failed on the way (memory, the driver, a defect)
+  2  a wrong argument or bad input: the message names value, limit and cure
+  3  it worked, and memory, mappings or addresses leaked";
+
+/// A KV cache for LLM servers: contiguous in virtual memory, physical memory on demand.
+#[derive(Debug, Parser)]
+#[command(name = "vattn", version, after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a trace of requests from a KV cache and report what its memory did
+    #[command(long_about = replay::long_about(), after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
+    Replay(replay::Args),
+}
+
+/// Why the program ends with something else than 0.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// What the user gave can't be used.
+    Input(String),
+    /// It went wrong on the way.
+    Run(vattn::Error),
+    /// The output could not be written.
+    Output(std::io::Error),
+    /// Something was not given back; the report is printed all the same.
+    Leaked(String),
+}
+
+impl From<vattn::Error> for Failure {
+    fn from(error: vattn::Error) -> Self {
+        match error.kind() {
+            ErrorKind::InvalidGeometry | ErrorKind::InvalidConfig | ErrorKind::InvalidArgument => {
+                Self::Input(error.report())
+            }
+            _ => Self::Run(error),
+        }
+    }
+}
+
+impl From<trace::TraceError> for Failure {
+    fn from(error: trace::TraceError) -> Self {
+        Self::Input(error.to_string())
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Input(message) | Self::Leaked(message) => f.write_str(message),
+            Self::Run(error) => f.write_str(&error.report()),
+            Self::Output(error) => write!(f, "writing the report: {error}"),
+        }
+    }
+}
+
+impl Failure {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Run(_) | Self::Output(_) => ExitCode::from(1),
+            Self::Input(_) => ExitCode::from(2),
+            Self::Leaked(_) => ExitCode::from(3),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let result = match Args::parse().command {
+        Command::Replay(args) => replay::run(&args, &mut std::io::stdout().lock()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough of it.
+        Err(Failure::Output(error)) if error.kind() == IoKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Nobody is left to tell where stderr is closed.
+            let _ = writeln!(std::io::stderr(), "error: {failure}");
+            failure.exit_code()
+        }
+    }
+}

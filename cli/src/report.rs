@@ -1,0 +1,265 @@
+//! What a replay shows: JSON for programs, a table for people.
+//!
+//! The names in the JSON are a contract; a field is never renamed.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+use vattn::units::Bytes;
+
+use crate::device::{Books, DriverCalls, Leaked};
+use crate::model::Plan;
+use crate::num::{float, wide};
+use crate::server::Outcome;
+use crate::trace::Trace;
+
+/// One policy's replay.
+///
+/// Driver calls, modelled seconds and leaks are of the policy's whole life: made, used, dropped.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Report {
+    driver: &'static str,
+    policy: &'static str,
+    model: String,
+    layout: String,
+    trace: String,
+    requests: u64,
+    completed: u64,
+    rejected: u64,
+    preempted: u64,
+    /// Iterations of the server.
+    steps: u64,
+    simulated_seconds: f64,
+    driver_calls: DriverCalls,
+    modelled_driver_seconds: f64,
+    step_ns: StepTimes,
+    bytes: Peaks,
+    mapped_over_needed: f64,
+    held_over_needed: f64,
+    active_slots: ActiveSlots,
+    adopted: u64,
+    reclaimed: u64,
+    leaked: Leaked,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+struct StepTimes {
+    p50: u64,
+    p99: u64,
+    max: u64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+#[expect(clippy::struct_field_names, reason = "the names are the JSON's")]
+struct Peaks {
+    peak_needed: Bytes,
+    peak_mapped: Bytes,
+    peak_held: Bytes,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+struct ActiveSlots {
+    mean: f64,
+    peak: u64,
+}
+
+impl StepTimes {
+    /// Exact, by nearest rank; sorts what it is given.
+    fn of(samples: &mut [u64]) -> Self {
+        samples.sort_unstable();
+        let rank = |percent: usize| {
+            let rank = (samples.len() * percent).div_ceil(100);
+            samples.get(rank.saturating_sub(1)).copied().unwrap_or(0)
+        };
+        Self { p50: rank(50), p99: rank(99), max: rank(100) }
+    }
+}
+
+impl Report {
+    pub(crate) fn new(
+        driver: &'static str,
+        policy: &'static str,
+        plan: &Plan,
+        trace: &Trace,
+        outcome: &mut Outcome,
+        books: &Books,
+        (adopted, reclaimed): (u64, u64),
+    ) -> Self {
+        Self {
+            driver,
+            policy,
+            model: plan.model.clone(),
+            layout: plan.config.layout().to_string(),
+            trace: trace.name.clone(),
+            requests: wide(trace.requests.len()),
+            completed: outcome.completed,
+            rejected: outcome.rejected,
+            preempted: outcome.preempted,
+            steps: outcome.iterations,
+            simulated_seconds: float(outcome.simulated) / 1e9,
+            driver_calls: books.calls,
+            modelled_driver_seconds: books.modelled_seconds,
+            step_ns: StepTimes::of(&mut outcome.step_ns),
+            bytes: Peaks {
+                peak_needed: outcome.peak_needed,
+                peak_mapped: outcome.peak_mapped,
+                peak_held: outcome.peak_held,
+            },
+            mapped_over_needed: outcome.mapped_over_needed,
+            held_over_needed: outcome.held_over_needed,
+            active_slots: ActiveSlots { mean: outcome.mean_active, peak: outcome.peak_active },
+            adopted,
+            reclaimed,
+            leaked: books.live,
+        }
+    }
+
+    /// As one JSON object on one line.
+    pub(crate) fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("plain data with string keys is always JSON")
+    }
+
+    /// What leaked, if something did.
+    pub(crate) fn leak(&self) -> Option<String> {
+        let Leaked { extents, mappings, reservations } = self.leaked;
+        (self.leaked != Leaked::default()).then(|| {
+            format!(
+                "policy {} leaked {extents} extents, {mappings} mappings and {reservations} reservations",
+                self.policy
+            )
+        })
+    }
+}
+
+type Row = (&'static str, fn(&Report) -> String);
+
+/// What the table shows, in groups.
+const ROWS: &[&[Row]] = &[
+    &[
+        ("requests completed", |r| count(r.completed)),
+        ("requests rejected: they could never fit", |r| count(r.rejected)),
+        ("preemptions: out of memory while growing", |r| count(r.preempted)),
+        ("time to serve them all, simulated seconds", |r| format!("{:.1}", r.simulated_seconds)),
+        ("requests in service at once, mean", |r| format!("{:.1}", r.active_slots.mean)),
+        ("requests in service at once, peak", |r| count(r.active_slots.peak)),
+    ],
+    &[
+        ("memory that live tokens fill, peak GiB", |r| gib(r.bytes.peak_needed)),
+        ("memory mapped for them, peak GiB", |r| gib(r.bytes.peak_mapped)),
+        ("memory taken from the device, peak GiB", |r| gib(r.bytes.peak_held)),
+        ("bytes mapped per byte needed, mean over time", |r| format!("{:.3}", r.mapped_over_needed)),
+        ("bytes taken per byte needed, mean over time", |r| format!("{:.2}", r.held_over_needed)),
+    ],
+    &[
+        ("driver calls: create memory", |r| count(r.driver_calls.create)),
+        ("driver calls: map", |r| count(r.driver_calls.map)),
+        ("driver calls: unmap", |r| count(r.driver_calls.unmap)),
+        ("driver time if this were an H200, ms", |r| format!("{:.1}", r.modelled_driver_seconds * 1e3)),
+        ("requests that took over mapped memory", |r| count(r.adopted)),
+        ("mappings taken away for another request", |r| count(r.reclaimed)),
+    ],
+    &[
+        ("a step here, wall time, median µs", |r| micros(r.step_ns.p50)),
+        ("a step here, wall time, 99th percentile µs", |r| micros(r.step_ns.p99)),
+        ("leaked extents, mappings and reservations", |r| {
+            count(r.leaked.extents + r.leaked.mappings + r.leaked.reservations)
+        }),
+    ],
+];
+
+const NOTES: &str = "\
+All columns serve the same requests with the same simulated server, so they differ only in how memory
+is managed. Fewer seconds and fewer preemptions mean that more requests fitted at once. A mapped/needed
+of 1.00 would waste nothing. Driver time is what the calls cost where they were measured, on an H200;
+calls to make memory at the start and to give it back at the end are part of it. A step is one call a
+server makes each iteration. It is the only row that depends on this machine.
+";
+
+/// The table, with a head that says what was replayed and a foot that says what it means.
+pub(crate) fn text(reports: &[Report], budget: Bytes, description: Option<&str>) -> String {
+    let Some(first) = reports.first() else { return String::new() };
+    let mut out = String::new();
+    // Writing to a string never fails.
+    let _ = writeln!(
+        out,
+        "{} requests ({}) on {}, layout {}, budget {budget}, driver {}\n",
+        count(first.requests),
+        first.trace,
+        first.model,
+        first.layout,
+        first.driver
+    );
+    if let Some(description) = description {
+        let _ = writeln!(out, "The trace is generated: {description}.\n");
+    }
+    let label =
+        ROWS.iter().flat_map(|group| group.iter()).map(|row| row.0.chars().count()).max().unwrap_or(0);
+    let width = reports.iter().map(|report| report.policy.len()).max().unwrap_or(0).max(12);
+    let _ = write!(out, "{:label$}", "");
+    for report in reports {
+        let _ = write!(out, "  {:>width$}", report.policy);
+    }
+    out.push('\n');
+    for group in ROWS {
+        let _ = writeln!(out, "{}", "-".repeat(label + reports.len() * (width + 2)));
+        for (name, value) in *group {
+            let _ = write!(out, "{name:label$}");
+            for report in reports {
+                let _ = write!(out, "  {:>width$}", value(report));
+            }
+            out.push('\n');
+        }
+    }
+    out.push('\n');
+    out.push_str(NOTES);
+    for report in reports.iter().filter(|report| report.completed == 0 && report.rejected > 0) {
+        let _ = writeln!(
+            out,
+            "Policy {} served nobody: what it needs for one request is more than the budget.",
+            report.policy
+        );
+    }
+    out
+}
+
+fn gib(bytes: Bytes) -> String {
+    format!("{:.2}", float(bytes.get()) / float(1 << 30))
+}
+
+fn micros(nanoseconds: u64) -> String {
+    format!("{:.2}", float(nanoseconds) / 1e3)
+}
+
+/// With commas between thousands.
+fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(count(0), "0");
+        assert_eq!(count(999), "999");
+        assert_eq!(count(1_234_567), "1,234,567");
+        assert_eq!(gib(Bytes::mib(1536)), "1.50");
+    }
+
+    #[test]
+    fn percentiles_are_of_the_nearest_rank() {
+        assert_eq!(StepTimes::of(&mut []), StepTimes::default());
+        assert_eq!(StepTimes::of(&mut [7]), StepTimes { p50: 7, p99: 7, max: 7 });
+        let mut samples: Vec<u64> = (1..=200).rev().collect();
+        assert_eq!(StepTimes::of(&mut samples), StepTimes { p50: 100, p99: 198, max: 200 });
+    }
+}

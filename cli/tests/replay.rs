@@ -1,0 +1,254 @@
+//! The program as its users meet it: output, errors and exit codes.
+
+#![expect(clippy::unwrap_used, reason = "a failure to start or to read is a failure of the test")]
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+fn vattn(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vattn")).args(args).output().unwrap()
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// A trace file that is gone with the test.
+struct Trace(PathBuf);
+
+impl Trace {
+    fn new(name: &str, text: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("vattn-{}-{name}", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+const BASELINES: &str = "vattention,vattention-ahead,paged,static";
+
+/// Small enough to be served in a blink.
+fn json(policies: &str) -> Vec<serde_json::Value> {
+    let output = vattn(&[
+        "replay",
+        "--device",
+        "ledger",
+        "--format",
+        "json",
+        "--policy",
+        policies,
+        "--limit",
+        "300",
+        "--budget",
+        "16GiB",
+        "--max-tokens",
+        "65536",
+    ]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert_eq!(stderr(&output), "");
+    stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn json_has_the_promised_fields_and_nothing_else() {
+    let keys = |value: &serde_json::Value| -> Vec<String> {
+        value.as_object().unwrap().keys().map(ToOwned::to_owned).collect()
+    };
+    let sorted = |names: &[&str]| -> Vec<String> {
+        let mut names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        names.sort_unstable();
+        names
+    };
+    let reports = json(BASELINES);
+    assert_eq!(reports.len(), 4);
+    for report in &reports {
+        assert_eq!(
+            keys(report),
+            sorted(&[
+                "driver",
+                "policy",
+                "model",
+                "layout",
+                "trace",
+                "requests",
+                "completed",
+                "rejected",
+                "preempted",
+                "steps",
+                "simulated_seconds",
+                "driver_calls",
+                "modelled_driver_seconds",
+                "step_ns",
+                "bytes",
+                "mapped_over_needed",
+                "held_over_needed",
+                "active_slots",
+                "adopted",
+                "reclaimed",
+                "leaked"
+            ])
+        );
+        let calls = ["reserve", "create", "map", "set_access", "unmap", "release"];
+        assert_eq!(keys(&report["driver_calls"]), sorted(&calls));
+        assert_eq!(keys(&report["step_ns"]), sorted(&["p50", "p99", "max"]));
+        assert_eq!(keys(&report["bytes"]), sorted(&["peak_needed", "peak_mapped", "peak_held"]));
+        assert_eq!(keys(&report["active_slots"]), sorted(&["mean", "peak"]));
+        assert_eq!(keys(&report["leaked"]), sorted(&["extents", "mappings", "reservations"]));
+        assert_eq!(report["requests"], 300);
+        assert_eq!(report["completed"].as_u64().unwrap() + report["rejected"].as_u64().unwrap(), 300);
+        for what in ["extents", "mappings", "reservations"] {
+            assert_eq!(report["leaked"][what], 0, "{report}");
+        }
+    }
+}
+
+#[test]
+fn the_same_arguments_give_the_same_numbers() {
+    let without_times = || -> Vec<serde_json::Value> {
+        let mut reports = json(BASELINES);
+        for report in &mut reports {
+            report.as_object_mut().unwrap().remove("step_ns");
+        }
+        reports
+    };
+    assert_eq!(without_times(), without_times());
+}
+
+#[test]
+fn a_table_has_a_column_for_each_policy() {
+    let output =
+        vattn(&["replay", "--device", "ledger", "--policy", "paged", "--policy", "static", "--limit", "50"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let text = stdout(&output);
+    let header: Vec<&str> =
+        text.lines().find(|line| line.contains("paged")).unwrap().split_whitespace().collect();
+    assert_eq!(header, ["paged", "static"]);
+    assert!(text.contains("requests completed"), "{text}");
+}
+
+#[test]
+fn bad_arguments_are_code_2() {
+    for (args, says) in [
+        (vec!["replay", "--budget", "64GB"], "'64GB' is not a size; write 64GiB"),
+        (vec!["replay", "--max-slots", "0"], "0 is not in 1.."),
+        (vec!["replay", "--step-ms", "0"], "is not a time"),
+        (vec!["replay", "--policy", "best"], "possible values: vattn, vattention"),
+        (vec!["replay", "--granule", "3MiB", "--policy", "paged"], "not a power of two"),
+        (
+            vec!["replay", "--policy", "vattention", "--budget", "2MiB"],
+            "budget of 2 MiB is below one granule",
+        ),
+        (vec!["replay", "--model", "no-such-model", "--policy", "paged"], "no-such-model"),
+        (vec!["replay", "--layout", "round", "--policy", "paged"], "round"),
+        (vec!["replay", "--trace", "/no/such/file", "--policy", "paged"], "/no/such/file: No such file"),
+        (vec!["dance"], "unrecognized subcommand"),
+    ] {
+        let output = vattn(&args);
+        assert_eq!(code(&output), 2, "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(says), "{args:?}: {}", stderr(&output));
+        assert_eq!(stdout(&output), "", "{args:?}");
+    }
+}
+
+#[test]
+fn a_malformed_trace_is_code_2_and_names_the_line() {
+    let trace = Trace::new(
+        "bad.csv",
+        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n\r\n2023-11-16 18:15:46,many,1\r\n",
+    );
+    let output = vattn(&["replay", "--trace", trace.path(), "--policy", "paged"]);
+    assert_eq!(code(&output), 2);
+    let expected = format!(
+        "error: {}:3: expected ContextTokens to be a whole number from 1 to 1099511627776, found 'many'; \
+         correct the line or take it out\n",
+        trace.path()
+    );
+    assert_eq!(stderr(&output), expected);
+    let other = Trace::new("other", "hello\n");
+    let output = vattn(&["replay", "--trace", other.path(), "--policy", "paged"]);
+    assert_eq!(code(&output), 2);
+    assert!(
+        stderr(&output).contains("not a trace") && stderr(&output).contains("'hello'"),
+        "{}",
+        stderr(&output)
+    );
+    let empty = Trace::new("empty", "num_prefill_tokens,num_decode_tokens\n");
+    let output = vattn(&["replay", "--trace", empty.path(), "--policy", "paged"]);
+    assert_eq!(code(&output), 2);
+    assert!(stderr(&output).contains("there is no request in it"), "{}", stderr(&output));
+}
+
+#[test]
+fn help_states_distributions_and_exit_codes() {
+    let output = vattn(&["replay", "--help"]);
+    assert_eq!(code(&output), 0);
+    let text = stdout(&output);
+    for says in ["Poisson", "log-normal", "Exit codes", "leaked", "[default: 64GiB]"] {
+        assert!(text.contains(says), "{says}: {text}");
+    }
+}
+
+#[test]
+#[ignore = "waits for the vattn policy"]
+fn without_arguments_vattn_stands_beside_its_baselines() {
+    let output = vattn(&["replay"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let text = stdout(&output);
+    let header: Vec<&str> =
+        text.lines().find(|line| line.contains("paged")).unwrap().split_whitespace().collect();
+    assert_eq!(header, ["vattn", "vattention", "paged", "static"]);
+}
+
+#[test]
+fn the_published_traces_are_served_without_a_leak() {
+    let directory = std::env::var_os("VATTN_TRACES").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/traces")),
+        PathBuf::from,
+    );
+    for (file, limit) in [
+        ("azure_llm_2023_conv.csv", "3000"),
+        ("arxiv_long_offline.csv", "40"),
+        ("mooncake_conversation.jsonl", "500"),
+        ("sync_vs_async.csv", "300"),
+    ] {
+        let path = directory.join(file);
+        if !path.exists() {
+            eprintln!("SKIP: {} is not there; set VATTN_TRACES", path.display());
+            continue;
+        }
+        let output = vattn(&[
+            "replay",
+            "--device",
+            "ledger",
+            "--format",
+            "json",
+            "--policy",
+            BASELINES,
+            "--max-tokens",
+            "262144",
+            "--limit",
+            limit,
+            "--trace",
+            path.to_str().unwrap(),
+        ]);
+        assert_eq!(code(&output), 0, "{file}: {}", stderr(&output));
+        assert_eq!(stdout(&output).lines().count(), 4);
+    }
+}
