@@ -309,7 +309,7 @@ impl Pages {
                         page.mapping.unmap().map_err(|(_, error)| error)?;
                         self.pool.push(page.memory);
                     }
-                    return Err(error);
+                    return Err(error.into());
                 }
             }
         }

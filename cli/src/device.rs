@@ -72,6 +72,11 @@ impl Bench {
         Ok(Self { handle, checked })
     }
 
+    /// The driver itself, for what counts its own calls.
+    pub(crate) fn driver(&self) -> Arc<dyn Driver> {
+        self.checked.clone()
+    }
+
     /// To make things with.
     pub(crate) fn handle(&self) -> &DriverHandle {
         &self.handle

@@ -1,10 +1,12 @@
 //! Who manages the memory: the names on the command line and what they stand for.
 
 use clap::ValueEnum;
-use vattn::driver::owned::DriverHandle;
+use vattn::cache::{Fence, KvCache, SlotTokens};
+use vattn::units::{SlotId, TokenCount};
 use vattn::{Error, ErrorKind, Result};
-use vattn_baselines::{Mapping, Paged, Policy, StaticSlots, Vattention};
+use vattn_baselines::{Mapping, Paged, Policy, RequestId, StaticSlots, Usage, Vattention};
 
+use crate::device::Bench;
 use crate::model::Plan;
 
 /// A policy by its name.
@@ -27,19 +29,106 @@ impl PolicyKind {
     pub(crate) const COMPARED: [Self; 4] = [Self::Vattn, Self::Vattention, Self::Paged, Self::Static];
 
     /// Makes the policy on a driver.
-    pub(crate) fn build(self, driver: &DriverHandle, plan: &Plan) -> Result<Box<dyn Policy>> {
-        let shape = &plan.shape;
+    pub(crate) fn build(self, bench: &Bench, plan: &Plan) -> Result<Box<dyn Policy>> {
+        let (driver, shape) = (bench.handle(), &plan.shape);
         Ok(match self {
-            Self::Vattn => {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    "this build has no vattn policy; use --policy",
-                ));
-            }
+            Self::Vattn => Box::new(Vattn::new(KvCache::new(plan.config.clone(), bench.driver())?)),
             Self::Vattention => Box::new(Vattention::new(driver, shape, Mapping::Synchronous)?),
             Self::VattentionAhead => Box::new(Vattention::new(driver, shape, Mapping::Ahead)?),
             Self::Paged => Box::new(Paged::new(driver, shape)?),
             Self::Static => Box::new(StaticSlots::new(driver, shape)?),
         })
+    }
+}
+
+/// This project's cache as a policy.
+#[derive(Debug)]
+struct Vattn {
+    cache: KvCache,
+    /// The slot of each admitted request.
+    slots: Vec<Option<SlotId>>,
+    /// What a step names; kept so that a step allocates nothing.
+    entries: Vec<SlotTokens>,
+}
+
+impl Vattn {
+    fn new(cache: KvCache) -> Self {
+        Self { cache, slots: Vec::new(), entries: Vec::new() }
+    }
+
+    fn slot(&self, request: RequestId) -> Result<SlotId> {
+        self.slots.get(request.index()).copied().flatten().ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidArgument,
+                format!("request {request} is not admitted; admit it first"),
+            )
+        })
+    }
+}
+
+impl Policy for Vattn {
+    fn name(&self) -> &'static str {
+        "vattn"
+    }
+
+    fn can_ever_hold(&self, final_tokens: TokenCount) -> bool {
+        let layout = self.cache.layout();
+        final_tokens <= layout.max_tokens()
+            && layout.granule().to_bytes(layout.granules_for(layout.round_to_tile(final_tokens)))
+                <= self.cache.budget()
+    }
+
+    fn admit(&mut self, request: RequestId, prompt: TokenCount) -> Result<bool> {
+        if self.slot(request).is_ok() {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!("request {request} is admitted already; retire it before it is admitted again"),
+            ));
+        }
+        if self.cache.admits(&[prompt]) == 0 {
+            return Ok(false);
+        }
+        let slot = self.cache.acquire(prompt, None)?;
+        self.cache.step(&[SlotTokens::new(slot, prompt)])?;
+        if self.slots.len() <= request.index() {
+            self.slots.resize(request.index() + 1, None);
+        }
+        self.slots[request.index()] = Some(slot);
+        Ok(true)
+    }
+
+    fn step(&mut self, totals: &[(RequestId, TokenCount)]) -> Result<bool> {
+        let mut entries = std::mem::take(&mut self.entries);
+        entries.clear();
+        for (request, tokens) in totals {
+            entries.push(SlotTokens::new(self.slot(*request)?, *tokens));
+        }
+        let result = self.cache.step(&entries);
+        self.entries = entries;
+        match result {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::OutOfBudget => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn retire(&mut self, request: RequestId) -> Result<()> {
+        // Nothing runs on a device in a replay, so nothing has to be waited for.
+        self.cache.retire(self.slot(request)?, &[Fence::Idle])?;
+        self.slots[request.index()] = None;
+        Ok(())
+    }
+
+    fn usage(&self) -> Usage {
+        let bytes = self.cache.bytes();
+        Usage { needed: bytes.needed, mapped: bytes.mapped, held: bytes.held }
+    }
+
+    fn adopted(&self) -> u64 {
+        self.cache.snapshot().events.adopted
+    }
+
+    fn reclaimed(&self) -> u64 {
+        self.cache.snapshot().events.reclaimed
     }
 }

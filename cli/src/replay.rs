@@ -167,7 +167,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
 fn replay(args: &Args, kind: PolicyKind, plan: &Plan, trace: &Trace) -> Result<Report, Failure> {
     let start = Instant::now();
     let bench = Bench::open(args.device, args.granule, args.budget)?;
-    let mut policy = kind.build(bench.handle(), plan)?;
+    let mut policy = kind.build(&bench, plan)?;
     let bar = progress(policy.name(), wide(trace.requests.len()));
     let settings =
         Settings { step: args.step_ms, prefill_tokens: args.prefill_tokens, max_tokens: args.max_tokens };

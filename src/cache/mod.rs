@@ -37,7 +37,7 @@ use crate::geometry::{Commit, Config};
 use crate::layout::Layout;
 use crate::pool::Pool;
 use crate::slot::SlotTable;
-use crate::stats::{Counters, Snapshot};
+use crate::stats::{ByteCounts, Counters, Snapshot};
 use crate::sync::Ranked;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::tensor::Tensor;
@@ -101,7 +101,7 @@ pub enum Health {
 ///     .max_tokens(TokenCount::new(8192))
 ///     .budget(Bytes::gib(1))
 ///     .build()?;
-/// let cache = KvCache::new(config, Host::new(HostOptions::new(Bytes::gib(1)))?)?;
+/// let cache = KvCache::new(config, Host::new(HostOptions::new(Bytes::mib(2), Bytes::gib(1)))?)?;
 ///
 /// let slot = cache.acquire(TokenCount::new(1000), None)?;
 /// cache.step(&[SlotTokens::new(slot, TokenCount::new(1000))])?; // the prompt
@@ -220,6 +220,13 @@ impl KvCache {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         self.counters.snapshot()
+    }
+
+    /// How much memory is used for what: the part of a [`snapshot`](Self::snapshot) that a server
+    /// may want every iteration. It allocates nothing.
+    #[must_use]
+    pub fn bytes(&self) -> ByteCounts {
+        self.counters.bytes()
     }
 
     /// Whether it can be trusted with more work.

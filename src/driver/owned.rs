@@ -179,6 +179,13 @@ pub struct MapError {
     pub stuck: Option<Mapping>,
 }
 
+/// For callers to whom what is stuck does not matter: its drop tries once more.
+impl From<MapError> for Error {
+    fn from(error: MapError) -> Self {
+        error.error
+    }
+}
+
 impl From<Error> for MapError {
     fn from(error: Error) -> Self {
         Self { error, stuck: None }

@@ -117,18 +117,23 @@ impl Counters {
         self.failures[position(&ErrorKind::ALL, kind)].bump();
     }
 
+    /// How much memory is used for what.
+    pub fn bytes(&self) -> ByteCounts {
+        ByteCounts {
+            needed: Bytes::new(self.needed.get()),
+            mapped: Bytes::new(self.mapped.get()),
+            parked: Bytes::new(self.parked.get()),
+            free: Bytes::new(self.free.get()),
+            quarantined: Bytes::new(self.quarantined.get()),
+            held: Bytes::new(self.held.get()),
+            budget: Bytes::new(self.budget.get()),
+        }
+    }
+
     /// All of it as plain data.
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
-            bytes: ByteCounts {
-                needed: Bytes::new(self.needed.get()),
-                mapped: Bytes::new(self.mapped.get()),
-                parked: Bytes::new(self.parked.get()),
-                free: Bytes::new(self.free.get()),
-                quarantined: Bytes::new(self.quarantined.get()),
-                held: Bytes::new(self.held.get()),
-                budget: Bytes::new(self.budget.get()),
-            },
+            bytes: self.bytes(),
             slots: SlotCounts {
                 active: self.active_slots.get(),
                 parked: self.parked_slots.get(),
