@@ -284,6 +284,26 @@ fn shuffled_mappings_and_a_comb_of_holes_are_counted_as_the_kernel_does() {
     assert_eq!((host.live(), host.kernel_mappings()), (Live::default(), 0));
 }
 
+#[test]
+fn neighbours_with_another_access_are_mappings_of_their_own() {
+    let host = host();
+    let base = host.reserve(GRANULE * 4).unwrap();
+    for place in 0..4 {
+        let handle = host.create(GRANULE).unwrap();
+        map(&host, base + GRANULE * place, GRANULE, handle);
+    }
+    let counts = || (host.kernel_mappings(), in_kernel(base, GRANULE * 4));
+    set_access(&host, base, GRANULE * 4, Access::ReadWrite);
+    assert_eq!(counts(), (1, 1));
+    set_access(&host, base + GRANULE, GRANULE, Access::Read);
+    assert_eq!(counts(), (3, 3));
+    set_access(&host, base, GRANULE * 2, Access::Read);
+    assert_eq!(counts(), (2, 2));
+    set_access(&host, base, GRANULE * 4, Access::Read);
+    assert_eq!(counts(), (1, 1));
+    // Given back by dropping the driver.
+}
+
 mod random {
     use proptest::prelude::*;
 
