@@ -222,6 +222,9 @@ fn plan(
         let (Change::Covered { pieces: needed } | Change::Extend { keep: needed, .. }) = *change;
         table.set_needed(*place, needed);
     }
+    for entry in entries {
+        table.settle(entry.slot.index());
+    }
     let mut planner = Planner::new(table, pool, limit);
     let mut classes = Vec::new();
     let mut found = true;
