@@ -35,7 +35,7 @@ use crate::driver::owned::{DriverHandle, PhysicalMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::geometry::{Commit, Config};
 use crate::layout::Layout;
-use crate::pool::Pool;
+use crate::pool::{self, Pool};
 use crate::slot::SlotTable;
 use crate::stats::{ByteCounts, Counters, Snapshot};
 use crate::sync::Ranked;
@@ -189,8 +189,14 @@ impl KvCache {
             health: AtomicU32::new(0),
             device_limit: AtomicU64::new(u64::MAX),
         };
-        if let Commit::UpFront(mix) = cache.config.commit() {
-            cache.commit(mix)?;
+        match cache.config.commit() {
+            Commit::OnDemand => {}
+            Commit::UpFront(mix) => cache.commit(mix)?,
+            Commit::Whole => {
+                let growth = cache.table.lock().growth_class();
+                let budget = cache.pool.lock().budget();
+                cache.commit(&pool::mix(budget, growth))?;
+            }
         }
         cache.back_spare()?;
         tracing::info!(

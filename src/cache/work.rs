@@ -21,7 +21,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Extent, Pool, Promise, Withdrawn};
 use crate::slot::{self, Place, SlotTable, Spare};
 use crate::tensor::{Piece, Stuck, Tensor};
-use crate::units::{GranuleSize, Granules, SizeClass};
+use crate::units::{GranuleSize, Granules, SizeClass, wide};
+
+/// Into how many smaller extents one may be split rather than made anew.
+const MOST_PARTS: u64 = 4;
 
 /// What becomes of a piece that was taken out of its run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,41 +113,72 @@ impl<'a> Planner<'a> {
         self.table.run(place).end()
     }
 
-    /// An extent of that class for that place; `false` if there is no way to come by one.
+    /// Extents for that place that come to one of that class; `false` if there is no way to come by
+    /// them.
     pub(super) fn want(&mut self, place: Place, at: Granules, class: SizeClass) -> bool {
-        let Some(source) = self.source(class) else { return false };
+        // The cheapest first: what is there, what may be made, a spare extent of the right size.
+        let Some(source) = self.ready(class) else {
+            return self.want_parts(place, at, class) || self.want_resized(place, at, class);
+        };
         self.work.wants.push(Want { place, at, source });
         true
     }
 
-    fn source(&mut self, class: SizeClass) -> Option<Source> {
-        if let Some(extent) = self.pool.take(class) {
-            return Some(Source::Extent(extent));
-        }
-        if let Some(source) = self.claim(class) {
+    fn ready(&mut self, class: SizeClass) -> Option<Source> {
+        if let Some(source) = self.at_hand(class) {
             return Some(source);
         }
         if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {
             return Some(Source::Create(promise));
         }
-        // A spare extent of the right size is the cheapest, then free ones of other sizes, then the
-        // spare ones of least use.
-        if let Some(spare) = self.table.pop_matching(class.granules()) {
-            self.take(spare);
-            return self.claim(class);
+        let spare = self.table.pop_matching(class.granules())?;
+        self.take(spare);
+        self.claim(class)
+    }
+
+    fn at_hand(&mut self, class: SizeClass) -> Option<Source> {
+        self.pool.take(class).map(Source::Extent).or_else(|| self.claim(class))
+    }
+
+    /// A few smaller extents that are at hand: each costs a mapping, but resizing costs more.
+    fn want_parts(&mut self, place: Place, mut at: Granules, class: SizeClass) -> bool {
+        let mut rest = class.granules();
+        let mut parts = [0; SizeClass::COUNT];
+        for smaller in SizeClass::all().rev().filter(|smaller| *smaller < class) {
+            let there = self.pool.count_free(smaller) + wide(self.unclaimed[smaller.index()].len());
+            parts[smaller.index()] = there.min(rest.get() / smaller.granules().get());
+            rest -= smaller.granules() * parts[smaller.index()];
         }
-        loop {
+        if !rest.is_zero() || parts.iter().sum::<u64>() > MOST_PARTS {
+            return false;
+        }
+        for smaller in SizeClass::all().rev() {
+            for _ in 0..parts[smaller.index()] {
+                let source = self.at_hand(smaller).expect("the parts were just counted");
+                self.work.wants.push(Want { place, at, source });
+                at += smaller.granules();
+            }
+        }
+        true
+    }
+
+    /// An extent of that class, for which free ones of other sizes are given up, and then the spare
+    /// ones of least use.
+    fn want_resized(&mut self, place: Place, at: Granules, class: SizeClass) -> bool {
+        let source = loop {
             if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {
-                return Some(Source::Create(promise));
+                break Source::Create(promise);
             }
             if !self.release_something(class) {
-                let spare = self.table.pop_oldest()?;
+                let Some(spare) = self.table.pop_oldest() else { return false };
                 self.take(spare);
                 if let Some(source) = self.claim(class) {
-                    return Some(source);
+                    break source;
                 }
             }
-        }
+        };
+        self.work.wants.push(Want { place, at, source });
+        true
     }
 
     /// Plans the release of something free, so that an extent of `class` can be made.
@@ -312,7 +346,7 @@ pub(super) fn carry_out(
             }
         }
     }
-    let (reclaimed, resized) = (progress.reclaimed, crate::units::wide(progress.released.len()));
+    let (reclaimed, resized) = (progress.reclaimed, wide(progress.released.len()));
     (Done { progress, reclaimed, resized }, result)
 }
 

@@ -95,6 +95,9 @@ pub enum Commit {
     /// When a step needs it.
     #[default]
     OnDemand,
+    /// All of the budget when the cache is made, in a mix of classes that suits the layout: a part in
+    /// the size in which sequences grow, the rest in all larger ones alike.
+    Whole,
     /// So many extents of each class when the cache is made, the rest when a step needs it.
     UpFront(Vec<(SizeClass, u64)>),
 }

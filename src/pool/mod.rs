@@ -20,13 +20,13 @@
 
 mod plan;
 
-pub(crate) use plan::{Need, cover, fewest};
+pub(crate) use plan::{Need, cover, fewest, mix};
 
 use std::sync::Arc;
 
 use crate::driver::owned::PhysicalMemory;
 use crate::stats::Counters;
-use crate::units::{Bytes, GranuleSize, Granules, SizeClass};
+use crate::units::{Bytes, GranuleSize, Granules, SizeClass, wide};
 
 /// One physical allocation of 2^k granules. A clone is another reference to the same memory.
 #[derive(Clone, Debug)]
@@ -109,6 +109,11 @@ impl Pool {
         self.free_granules
     }
 
+    /// How many extents of that class are free.
+    pub(crate) fn count_free(&self, class: SizeClass) -> u64 {
+        wide(self.free[class.index()].len())
+    }
+
     pub(crate) fn set_budget(&mut self, budget: Bytes) {
         self.budget = self.granule.within(budget);
         self.counters.budget.set(budget.get());
@@ -183,9 +188,7 @@ impl Pool {
 
     /// Compares the books with what the walker of everything else found in use.
     pub(crate) fn audit(&self, in_use: Granules) -> Result<(), String> {
-        let listed: Granules = SizeClass::all()
-            .map(|class| class.granules() * crate::units::wide(self.free[class.index()].len()))
-            .sum();
+        let listed: Granules = SizeClass::all().map(|class| class.granules() * self.count_free(class)).sum();
         if listed != self.free_granules {
             return Err(format!("{listed} granules are listed as free, {} are counted", self.free_granules));
         }

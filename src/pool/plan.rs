@@ -4,7 +4,9 @@
 //! the allowed waste permits: it is rounded up to the multiple of the largest power of two that the
 //! slack allows, and then taken largest first.
 
-use crate::units::{Granules, SizeClass};
+use std::cmp::Ordering;
+
+use crate::units::{Granules, SizeClass, wide};
 
 /// What is to be covered, in granules from the start of a slot's part of a tensor.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +59,39 @@ pub(crate) fn fewest(need: Granules, slack: Granules) -> (Granules, u64) {
 fn extents(granules: Granules) -> u64 {
     let largest = SizeClass::LARGEST.granules().get();
     granules.get() / largest + u64::from((granules.get() % largest).count_ones())
+}
+
+/// A mix of classes that comes to exactly `budget`: for each class how many extents.
+///
+/// `growth` is the class in which sequences grow, of which most mappings are made: it gets a fifth,
+/// every larger class an equal part of the rest, and every smaller one, for what is left over, a
+/// thirtieth.
+pub(crate) fn mix(budget: Granules, growth: SizeClass) -> Vec<(SizeClass, u64)> {
+    let larger = SizeClass::all().filter(|class| *class > growth).count();
+    let smaller = SizeClass::all().filter(|class| *class < growth).count();
+    let (growing, below) = (budget.get() / 5, budget.get() / 30);
+    let each = (budget.get() - growing - below * wide(smaller)) / wide(larger.max(1));
+    let mut left = budget;
+    let mut counts: Vec<_> = SizeClass::all()
+        .rev()
+        .map(|class| {
+            let share = match class.cmp(&growth) {
+                Ordering::Greater => each,
+                Ordering::Equal => growing,
+                Ordering::Less => below,
+            };
+            let count = share / class.granules().get();
+            left -= class.granules() * count;
+            (class, count)
+        })
+        .collect();
+    // What rounding left over goes to the classes from the growth class down.
+    for (class, count) in counts.iter_mut().filter(|(class, _)| *class <= growth) {
+        let more = left.get() / class.granules().get();
+        *count += more;
+        left -= class.granules() * more;
+    }
+    counts
 }
 
 fn largest_first(mut granules: Granules, out: &mut Vec<SizeClass>) {
@@ -125,6 +160,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_mix_is_the_whole_budget(budget in 1u64..200_000, growth in 0u8..9) {
+            let growth = SizeClass::new(growth).unwrap();
+            let mix = mix(Granules::new(budget), growth);
+            let total: Granules = mix.iter().map(|(class, count)| class.granules() * *count).sum();
+            prop_assert_eq!(total, Granules::new(budget));
+            let of = |wanted: SizeClass| mix.iter().find(|(class, _)| *class == wanted).unwrap().1;
+            prop_assert!(of(growth) >= budget / 5 / growth.granules().get());
+        }
+
         #[test]
         fn any_need_is_covered(
             from in 0u64..5000, more in 0u64..5000, slack in 0u64..300,

@@ -37,7 +37,7 @@ use crate::slot::fit::Wish;
 use crate::slot::growth::Generosity;
 use crate::stats::Counters;
 use crate::tensor::{Piece, Run};
-use crate::units::{Granules, SlotId, TokenCount, index, wide};
+use crate::units::{Granules, SizeClass, SlotId, TokenCount, index, wide};
 
 /// How many parked slots that hold enough are looked at for an adoption, and how many that do not.
 const CANDIDATES_ABOVE: usize = 40;
@@ -249,6 +249,11 @@ impl SlotTable {
 
     pub(crate) fn terms(&self, tensor: usize) -> &Generosity {
         &self.terms[tensor]
+    }
+
+    /// The class in which most sequences grow.
+    pub(crate) fn growth_class(&self) -> SizeClass {
+        SizeClass::at_most(self.terms[self.lead].growth(Granules::ZERO)).unwrap_or(SizeClass::SMALLEST)
     }
 
     pub(crate) fn run(&self, place: Place) -> &Run {
