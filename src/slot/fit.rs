@@ -50,18 +50,18 @@ impl Wish {
     /// How bad a fit a run is; the least is the best.
     pub(crate) fn score(&self, run: &Run) -> f64 {
         let pieces = run.pieces();
-        let (mut next, mut end, mappings) = match run.covering(self.need) {
+        let (mut next, mut end, held, mappings) = match run.covering(self.need) {
             Some(count) if run.boundary(count) - self.need <= self.terms.overshoot(self.short) => {
-                (count, run.boundary(count), 0.0)
+                (count, run.boundary(count), run.end(), 0.0)
             }
             Some(count) => {
                 let (end, mappings) = self.cover_from(run.boundary(count - 1));
                 let dropped = number(wide(pieces.len() - count + 1));
-                (pieces.len(), end, mappings + UNMAP_PRICE * dropped)
+                (pieces.len(), end, end, mappings + UNMAP_PRICE * dropped)
             }
             None => {
                 let (end, mappings) = self.cover_from(run.end());
-                (pieces.len(), end, mappings)
+                (pieces.len(), end, end, mappings)
             }
         };
         let last = self.need + self.horizon;
@@ -84,7 +84,7 @@ impl Wish {
         }
         waste /= number(self.horizon.get());
         let reach = self.need + self.reach;
-        let short_of = reach.saturating_sub(run.end().max(end.min(reach)));
+        let short_of = reach.saturating_sub(held);
         let to_come = number(short_of.get()) / number(self.terms.growth(self.need).get().max(1));
         mappings + REACH_LIKELIHOOD * to_come + WASTE_PRICE * waste
     }
@@ -101,5 +101,86 @@ fn number(count: u64) -> f64 {
     #[expect(clippy::as_conversions, reason = "counts of granules are far below 2^53; there is no `From`")]
     {
         count as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::driver::ledger::{Ledger, LedgerOptions};
+    use crate::driver::owned::{DriverHandle, PhysicalMemory};
+    use crate::geometry::{Config, Geometry};
+    use crate::layout::Layout;
+    use crate::pool::Pool;
+    use crate::stats::Counters;
+    use crate::tensor::Tensor;
+    use crate::units::{Bytes, SizeClass};
+
+    /// Llama-3-8B, sliced: 32 tokens a granule.
+    struct Bench {
+        driver: DriverHandle,
+        layout: Layout,
+        tensor: Tensor,
+        pool: Pool,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let options = LedgerOptions { granule: Bytes::mib(2), capacity: Bytes::gib(64), addresses: None };
+            let counters = Arc::new(Counters::default());
+            let driver = DriverHandle::new(Ledger::new(options).unwrap(), Arc::clone(&counters));
+            let config =
+                Config::builder(Geometry::preset("llama-3-8b").unwrap()).max_slots(64).build().unwrap();
+            let layout = Layout::new(&config, driver.info().granule, driver.info().device).unwrap();
+            let tensor = Tensor::reserve(&driver, &layout.tensors()[0]).unwrap();
+            let pool = Pool::new(driver.info().granule, Bytes::gib(64), counters);
+            Self { driver, layout, tensor, pool }
+        }
+
+        /// A run of extents of those sizes, in granules.
+        fn run(&mut self, slot: u32, sizes: &[u64]) -> Run {
+            let mut run = Run::default();
+            for size in sizes {
+                let class = SizeClass::at_most(Granules::new(*size)).unwrap();
+                let promise = self.pool.promise(class, self.pool.budget()).unwrap();
+                let bytes = self.driver.info().granule.to_bytes(class.granules());
+                let extent = self.pool.keep(promise, PhysicalMemory::new(&self.driver, bytes).unwrap());
+                run.push(self.tensor.map(slot, run.end(), extent).unwrap());
+            }
+            run
+        }
+
+        fn wish(&self, tokens: u64) -> Wish {
+            let tensor = &self.layout.tensors()[0];
+            Wish::new(TokenCount::new(tokens), tensor, Generosity::of(tensor, 32), false)
+        }
+    }
+
+    #[test]
+    fn the_least_waste_at_a_boundary_beats_the_smallest_that_is_enough() {
+        let mut bench = Bench::new();
+        let (coarse, fine) = (bench.run(0, &[32]), bench.run(1, &[16, 4, 2, 2, 2, 2, 2, 2, 8]));
+        let wish = bench.wish(20 * 32);
+        assert!(wish.score(&fine) < wish.score(&coarse), "20 granules: 16, 20, 22 … suits better than 32");
+    }
+
+    #[test]
+    fn memory_that_is_there_beats_none_and_mappings_saved_count() {
+        let mut bench = Bench::new();
+        let (empty, some) = (Run::default(), bench.run(1, &[16, 4, 2, 2]));
+        let all = bench.run(2, &[16, 4, 2, 2, 2, 2, 2, 2, 2, 2]);
+        let wish = bench.wish(22 * 32);
+        assert!(wish.score(&some) < wish.score(&empty));
+        assert!(wish.score(&all) < wish.score(&some), "what is within reach need not be mapped later");
+    }
+
+    #[test]
+    fn an_extent_that_reaches_far_too_far_is_worse_than_an_empty_slot() {
+        let mut bench = Bench::new();
+        let (empty, huge) = (Run::default(), bench.run(1, &[256]));
+        let wish = bench.wish(4 * 32);
+        assert!(wish.score(&empty) < wish.score(&huge));
     }
 }
