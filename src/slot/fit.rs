@@ -17,13 +17,13 @@ use crate::units::{Granules, TokenCount, wide};
 /// Tokens to come over which the waste is averaged.
 const HORIZON: TokenCount = TokenCount::new(256);
 /// Tokens to come for which a slot should have memory.
-const REACH: TokenCount = TokenCount::new(512);
+const REACH: TokenCount = TokenCount::new(320);
 /// What a granule of mean waste costs, in mappings.
-const WASTE_PRICE: f64 = 0.5;
+const WASTE_PRICE: f64 = 0.4;
 /// What unmapping an extent costs, in mappings (20 µs to 31: the record of the driver's costs).
 const UNMAP_PRICE: f64 = 0.6;
 /// How likely the memory within reach will be needed.
-const REACH_LIKELIHOOD: f64 = 0.5;
+const REACH_LIKELIHOOD: f64 = 0.9;
 
 /// What is asked of a slot, in granules of the tensor with the largest row.
 #[derive(Clone, Copy, Debug)]

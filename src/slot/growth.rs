@@ -12,11 +12,11 @@ use crate::units::{Granules, SizeClass, TokenCount};
 /// Tokens that an extent of a growing run holds at least, where that is a granule or more.
 const GROWTH: TokenCount = TokenCount::new(64);
 /// Tokens by which a prompt may be rounded up to need fewer extents.
-const SLACK: TokenCount = TokenCount::new(128);
+const SLACK: TokenCount = TokenCount::new(64);
 /// Tokens that an extent left by an earlier owner may reach beyond the need and still be used.
-const OVERSHOOT: TokenCount = TokenCount::new(512);
+const OVERSHOOT: TokenCount = TokenCount::new(768);
 /// The same two when memory is short.
-const TIGHT: TokenCount = TokenCount::new(64);
+const TIGHT: TokenCount = TokenCount::new(96);
 /// A growing run asks for at least this share of what it has grown since its prompt.
 const GROWN_DIVISOR: u64 = 3;
 /// Memory is short when less than this share of the budget is left.
@@ -187,10 +187,10 @@ mod tests {
         let sliced = terms(32);
         assert_eq!(sliced.growth(granules(10)), granules(2));
         assert_eq!(sliced.growth(granules(300)), granules(8));
-        assert_eq!(sliced.slack(granules(10), false), granules(4));
+        assert_eq!(sliced.slack(granules(10), false), granules(2));
         assert_eq!(sliced.slack(granules(640), false), granules(20));
-        assert_eq!(sliced.slack(granules(640), true), granules(2));
-        assert_eq!(sliced.overshoot(false), granules(16));
+        assert_eq!(sliced.slack(granules(640), true), granules(3));
+        assert_eq!(sliced.overshoot(false), granules(24));
         // A granule of one layer holds 1,024 tokens: nothing is rounded up, and one granule left by
         // an earlier owner is used.
         let single = terms(1);
@@ -204,7 +204,7 @@ mod tests {
         let (run, terms) = (Run::default(), terms(32));
         let plenty = || Room::new(granules(10_000), granules(10_000), 2);
         let first = change(&run, granules(37), granules(0), granules(4096), &terms, &mut plenty());
-        assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(4) });
+        assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(2) });
         let later = change(&run, granules(1), granules(37), granules(4096), &terms, &mut plenty());
         assert_eq!(later, Change::Extend { keep: 0, to: granules(2), slack: granules(0) });
         let grown = change(&run, granules(1), granules(1), granules(1), &terms, &mut plenty());
