@@ -20,10 +20,16 @@ pub(crate) use std::sync::atomic;
 
 pub(crate) use parking_lot::{Condvar, Mutex as Leaf};
 
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, not(loom)))]
 thread_local! {
     /// The ranks of the locks that this thread holds, in the order they were taken.
     static HELD: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+// Loom runs all of a model's threads on one.
+#[cfg(all(debug_assertions, loom))]
+loom::thread_local! {
+    static HELD: std::cell::RefCell<Vec<u8>> = std::cell::RefCell::new(Vec::new());
 }
 
 /// A mutual exclusion lock with a place in the order of all locks.
@@ -60,7 +66,8 @@ impl<T, const RANK: u8> Ranked<T, RANK> {
     /// In debug builds, if this thread holds a lock of the same rank or a higher one.
     pub(crate) fn lock(&self) -> Guard<'_, T, RANK> {
         #[cfg(debug_assertions)]
-        HELD.with_borrow_mut(|held| {
+        HELD.with(|held| {
+            let mut held = held.borrow_mut();
             assert!(
                 held.last().is_none_or(|last| *last < RANK),
                 "a lock of rank {RANK} is taken while {held:?} are held"
@@ -116,7 +123,8 @@ impl<T, const RANK: u8> Drop for Guard<'_, T, RANK> {
 /// Asserts, in debug builds, that this thread holds no lock above rank 0: called where the driver is.
 pub(crate) fn assert_unlocked() {
     #[cfg(debug_assertions)]
-    HELD.with_borrow(|held| {
+    HELD.with(|held| {
+        let held = held.borrow();
         assert!(
             held.iter().all(|rank| *rank == 0),
             "the driver is called while locks of rank {held:?} are held"

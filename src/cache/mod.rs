@@ -20,6 +20,8 @@
 
 mod fence;
 mod lifecycle;
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod memory;
 mod report;
 mod step;

@@ -18,6 +18,8 @@
 //!
 //! The pool is behind the lock of rank 2. No driver call is made under it.
 
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod plan;
 
 pub(crate) use plan::{Need, cover, fewest, mix};

@@ -1,0 +1,355 @@
+//! What does the cache itself cost a server, once no driver call, or only the driver's own time, is
+//! left out?
+//!
+//! Asked because a decode step of a small model takes a few milliseconds, and a manager that walks its
+//! slots or its parked memory in every one of them would be seen: the peers do. So four things are
+//! measured, each beside how many slots hold memory, since none may grow with that:
+//!
+//! | group | what is timed | at most, at the median |
+//! |---|---|---|
+//! | `step` | 256 requests gain a token each and nothing has to be mapped | 1.5 µs |
+//! | `step beside parked` | the same beside 16 … 16,384 parked slots | 1.5 µs, flat |
+//! | `adopt` | a request takes over a parked slot that holds enough for it | 5 µs, flat |
+//! | `own time per mapping` | a step that maps, less the time inside the driver, by mapping | 1 µs, flat |
+//!
+//! The model is Llama-3-8B with all layers in one tensor, K and V apart. The driver is the one that
+//! keeps books and maps nothing, so that 16,384 slots of memory fit any machine; what is timed is the
+//! same code on every driver. `step` is measured on the host driver too, which shows that. Beside
+//! `step` stands the policy of vAttention, without and with the thread that it starts in every step.
+//!
+//! `benches/record.sh` keeps the medians of a run under `benches/record/`.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "a bench may panic, and has no callers")]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use vattn::driver::Driver;
+use vattn::driver::ledger::{Ledger, LedgerOptions};
+use vattn::driver::owned::DriverHandle;
+use vattn::error::Verb;
+use vattn::layout::Layout;
+use vattn::stats::Counters;
+use vattn::units::{Bytes, Device, GranuleSize, SlotId, TokenCount};
+use vattn::{Config, Fence, Geometry, KvCache, SlotTokens};
+use vattn_baselines::{Mapping, Policy, RequestId, Shape, TensorShape, Vattention};
+
+const GRANULE: Bytes = Bytes::mib(2);
+/// Requests that decode.
+const ACTIVE: u32 = 256;
+/// How many slots hold memory besides.
+const HELD: [u32; 4] = [16, 256, 4096, 16_384];
+/// Tokens that one granule holds: steps within them map nothing.
+const TOKENS_A_GRANULE: u64 = 32;
+/// New requests in one step that maps.
+const PROMPTS: u32 = 16;
+
+fn config(slots: u32, budget: Bytes) -> Config {
+    Config::builder(Geometry::preset("llama-3-8b").unwrap())
+        .max_slots(slots)
+        .max_tokens(TokenCount::new(32_768))
+        .budget(budget)
+        .build()
+        .unwrap()
+}
+
+fn ledger() -> Arc<dyn Driver> {
+    Ledger::new(LedgerOptions { granule: GRANULE, capacity: Bytes::gib(1 << 20), addresses: None }).unwrap()
+}
+
+fn cache(slots: u32, budget: Bytes) -> KvCache {
+    KvCache::new(config(slots, budget), ledger()).unwrap()
+}
+
+fn tokens(count: u64) -> TokenCount {
+    TokenCount::new(count)
+}
+
+/// A request of `count` tokens in a slot of its own.
+fn admit(cache: &KvCache, count: u64) -> SlotId {
+    let slot = cache.acquire(tokens(count), None).unwrap();
+    cache.step(&[SlotTokens::new(slot, tokens(count))]).unwrap();
+    slot
+}
+
+/// Lengths as they come in traffic: 40 to about 3,600 tokens, short ones more often.
+fn length(number: u64) -> u64 {
+    let spread = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    let (tens, rest) = (spread % 100, (spread / 100) % 100);
+    40 + tens * tens * tens / 280 + rest
+}
+
+/// Leaves so many slots parked, of lengths as they come.
+fn park(cache: &KvCache, count: u32) {
+    let slots: Vec<_> = (0..count).map(|number| admit(cache, length(number.into()))).collect();
+    slots.into_iter().for_each(|slot| cache.retire(slot, &[Fence::Idle]).unwrap());
+}
+
+fn map_calls(cache: &KvCache) -> u64 {
+    cache.snapshot().driver[&Verb::Map].calls
+}
+
+fn driver_time(cache: &KvCache) -> Duration {
+    Duration::from_nanos(cache.snapshot().driver.values().map(|call| call.nanoseconds).sum())
+}
+
+/// Times `steps` steps in rounds of as many as a granule has tokens for; `reset` puts everybody back
+/// to one token, and is not timed.
+fn in_rounds(steps: u64, mut reset: impl FnMut(), mut step: impl FnMut()) -> Duration {
+    let (mut left, mut took) = (steps, Duration::ZERO);
+    while left > 0 {
+        reset();
+        let round = left.min(TOKENS_A_GRANULE - 1);
+        let start = Instant::now();
+        for _ in 0..round {
+            step();
+        }
+        took += start.elapsed();
+        left -= round;
+    }
+    took
+}
+
+/// Steps of all active slots of a cache, a token each, in which nothing has to be mapped.
+fn steps_within(cache: &KvCache, entries: &mut [SlotTokens], steps: u64) -> Duration {
+    let before = map_calls(cache);
+    let entries = std::cell::RefCell::new(entries);
+    let took = in_rounds(
+        steps,
+        || {
+            for entry in entries.borrow_mut().iter_mut() {
+                entry.tokens = tokens(1);
+                cache.truncate(entry.slot, entry.tokens, &[Fence::Idle]).unwrap();
+            }
+        },
+        || {
+            let mut entries = entries.borrow_mut();
+            for entry in entries.iter_mut() {
+                entry.tokens += tokens(1);
+            }
+            cache.step(&entries).unwrap();
+        },
+    );
+    assert_eq!(map_calls(cache), before, "nothing was mapped");
+    took
+}
+
+fn active(cache: &KvCache) -> Vec<SlotTokens> {
+    (0..ACTIVE).map(|_| SlotTokens::new(admit(cache, 1), tokens(1))).collect()
+}
+
+fn step_of_256(c: &mut Criterion) {
+    const SLOTS: u32 = 1024;
+    let budget = Bytes::gib(16);
+    let mut group = c.benchmark_group("step");
+
+    let mut vattn = |name: &str, driver: Arc<dyn Driver>| {
+        let cache = KvCache::new(config(SLOTS, budget), driver).unwrap();
+        let mut entries = active(&cache);
+        group.bench_function(name, |b| b.iter_custom(|steps| steps_within(&cache, &mut entries, steps)));
+        assert_eq!(cache.report().unwrap().snapshot.slots.active, u64::from(ACTIVE));
+    };
+    vattn("vattn", ledger());
+    #[cfg(target_os = "linux")]
+    {
+        use vattn::driver::host::{Host, HostOptions};
+        vattn("vattn on the host driver", Host::new(HostOptions::new(GRANULE, budget)).unwrap());
+    }
+
+    for (name, mapping) in
+        [("vattention", Mapping::Synchronous), ("vattention, a thread a step", Mapping::Ahead)]
+    {
+        let driver = DriverHandle::new(ledger(), Arc::new(Counters::default()));
+        let policy = Vattention::new(&driver, &shape(&config(SLOTS, budget)), mapping).unwrap();
+        let policy = std::cell::RefCell::new(policy);
+        let mut totals: Vec<_> = (0..ACTIVE).map(|number| (RequestId::new(number), tokens(1))).collect();
+        for (request, total) in &totals {
+            assert!(policy.borrow_mut().admit(*request, *total).unwrap());
+        }
+        let totals = std::cell::RefCell::new(&mut totals);
+        group.bench_function(name, |b| {
+            b.iter_custom(|steps| {
+                in_rounds(
+                    steps,
+                    || {
+                        for (request, total) in totals.borrow_mut().iter_mut() {
+                            *total = tokens(1);
+                            let mut policy = policy.borrow_mut();
+                            policy.retire(*request).unwrap();
+                            assert!(policy.admit(*request, *total).unwrap());
+                        }
+                    },
+                    || {
+                        let mut totals = totals.borrow_mut();
+                        for (_, total) in totals.iter_mut() {
+                            *total += tokens(1);
+                        }
+                        assert!(policy.borrow_mut().step(&totals).unwrap());
+                    },
+                )
+            });
+        });
+    }
+    group.finish();
+}
+
+/// What a policy of the baselines learns of the same cache.
+fn shape(config: &Config) -> Shape {
+    let layout = Layout::new(config, GranuleSize::new(GRANULE).unwrap(), Device::Cpu).unwrap();
+    let tensors = layout
+        .tensors()
+        .iter()
+        .map(|tensor| TensorShape { row: tensor.row(), stride: tensor.slot_stride() })
+        .collect();
+    let budget = config.budget().unwrap();
+    Shape::new(tensors, config.max_slots(), config.max_tokens(), tokens(1), budget).unwrap()
+}
+
+fn step_beside_parked(c: &mut Criterion) {
+    let mut group = c.benchmark_group("step beside parked");
+    for held in HELD {
+        let cache = cache(ACTIVE + held, Bytes::gib(1 << 16));
+        let mut entries = active(&cache);
+        park(&cache, held);
+        group.bench_function(BenchmarkId::from_parameter(held), |b| {
+            b.iter_custom(|steps| steps_within(&cache, &mut entries, steps));
+        });
+        assert_eq!(cache.report().unwrap().snapshot.slots.parked, u64::from(held));
+    }
+    group.finish();
+}
+
+/// `acquire` is the choice alone, as many at a time as arrive together, and what leaves in between is
+/// not timed; `acquire and retire` is the pair; `acquire and step` is the whole adoption, up to the
+/// prompt being backed by what was there.
+fn adopt(c: &mut Criterion) {
+    const ARRIVALS: u64 = 8;
+    let mut group = c.benchmark_group("adopt");
+    for held in HELD {
+        let cache = cache(held, Bytes::gib(1 << 16));
+        park(&cache, held);
+        let (before, adopted) = (map_calls(&cache), cache.snapshot().events.adopted);
+        let mut number = 0;
+        // The length of one that was parked, a little less: somebody holds enough.
+        let mut next = || {
+            number = (number + 7) % u64::from(held);
+            tokens(length(number) - 8)
+        };
+        let mut taken = 0;
+
+        group.bench_function(BenchmarkId::new("acquire", held), |b| {
+            b.iter_custom(|times| {
+                let (mut left, mut took) = (times, Duration::ZERO);
+                while left > 0 {
+                    let hints: Vec<_> = (0..left.min(ARRIVALS)).map(|_| next()).collect();
+                    let mut slots = Vec::with_capacity(hints.len());
+                    let start = Instant::now();
+                    for hint in &hints {
+                        slots.push(cache.acquire(*hint, None).unwrap());
+                    }
+                    took += start.elapsed();
+                    for slot in &slots {
+                        cache.retire(*slot, &[Fence::Idle]).unwrap();
+                    }
+                    left -= left.min(ARRIVALS);
+                }
+                taken += times;
+                took
+            });
+        });
+        group.bench_function(BenchmarkId::new("acquire and retire", held), |b| {
+            b.iter(|| {
+                let slot = cache.acquire(next(), None).unwrap();
+                cache.retire(slot, &[Fence::Idle]).unwrap();
+                taken += 1;
+            });
+        });
+        assert_eq!(cache.snapshot().events.adopted - adopted, taken, "every one was adopted");
+        assert_eq!(map_calls(&cache), before, "nothing was mapped");
+        cache.report().unwrap();
+        group.bench_function(BenchmarkId::new("acquire and step", held), |b| {
+            b.iter_custom(|times| {
+                let mut took = Duration::ZERO;
+                for _ in 0..times {
+                    let hint = next();
+                    let start = Instant::now();
+                    let slot = cache.acquire(hint, None).unwrap();
+                    cache.step(&[SlotTokens::new(slot, hint)]).unwrap();
+                    took += start.elapsed();
+                    cache.retire(slot, &[Fence::Idle]).unwrap();
+                }
+                took
+            });
+        });
+        // Best fit may choose a slot that holds nearly enough, and then maps the rest, once.
+        assert!(map_calls(&cache) - before <= 2 * u64::from(held), "hardly anything was mapped");
+    }
+    group.finish();
+}
+
+/// New requests are stepped to their prompts in one step. `created` makes its extents, `free` takes
+/// those that the pool has, `reclaimed` takes mapped ones from parked slots, at a budget that is all
+/// held. What is timed is the step, less what the driver took, by mapping.
+fn own_time_per_mapping(c: &mut Criterion) {
+    let mut group = c.benchmark_group("own time per mapping");
+    for source in ["created", "free", "reclaimed"] {
+        for held in HELD {
+            // More empty slots than a round takes: one that is not yet wholly given back is not empty.
+            let cache = cache(held + 4 * PROMPTS, Bytes::gib(1 << 16));
+            park(&cache, held);
+            let all = cache.bytes().held;
+            if source == "reclaimed" {
+                cache.set_budget(all).unwrap();
+            }
+            // Prompts come in the lengths, and in the order, of what is parked: what the oldest slots
+            // give back is what the next round needs.
+            let mut first = 0;
+            group.bench_function(BenchmarkId::new(source, held), |b| {
+                b.iter_custom(|times| {
+                    let (mut own, mut maps) = (Duration::ZERO, 0);
+                    while maps < times {
+                        let lengths = (first..first + PROMPTS).map(|number| length((number % held).into()));
+                        let (took, mapped) = map_prompts(&cache, lengths);
+                        assert!(mapped > 0, "{PROMPTS} new prompts were mapped");
+                        own += took;
+                        maps += mapped;
+                        first = (first + PROMPTS) % held;
+                        match source {
+                            "created" => cache.trim(all, &[Fence::Idle]).unwrap(),
+                            "free" => cache.reclaim(cache.bytes().parked - all, &[Fence::Idle]).unwrap(),
+                            _ => Bytes::ZERO,
+                        };
+                    }
+                    let nanoseconds = own.as_nanos() * u128::from(times) / u128::from(maps);
+                    Duration::from_nanos(nanoseconds.try_into().unwrap())
+                });
+            });
+            cache.report().unwrap();
+        }
+    }
+    group.finish();
+}
+
+/// Steps new requests to their prompts at once, and retires them. Returns the step's own time and
+/// its mappings.
+fn map_prompts(cache: &KvCache, lengths: impl Iterator<Item = u64>) -> (Duration, u64) {
+    // Hardly any parked slot suits a request of the most tokens, so most are given an empty one. What
+    // is unmapped in another, because it does not suit the prompt, counts as the step's own work.
+    let most = cache.config().max_tokens();
+    let entries: Vec<_> =
+        lengths.map(|length| SlotTokens::new(cache.acquire(most, None).unwrap(), tokens(length))).collect();
+    let (maps, driver) = (map_calls(cache), driver_time(cache));
+    let start = Instant::now();
+    cache.step(&entries).unwrap();
+    let wall = start.elapsed();
+    let own = wall.saturating_sub(driver_time(cache) - driver);
+    let maps = map_calls(cache) - maps;
+    for entry in entries {
+        cache.retire(entry.slot, &[Fence::Idle]).unwrap();
+    }
+    (own, maps)
+}
+
+criterion_group!(benches, step_of_256, step_beside_parked, adopt, own_time_per_mapping);
+criterion_main!(benches);
