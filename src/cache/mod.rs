@@ -39,7 +39,7 @@ use crate::pool::Pool;
 use crate::slot::SlotTable;
 use crate::stats::{ByteCounts, Counters, Snapshot};
 use crate::sync::Ranked;
-use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU32, Ordering};
 use crate::tensor::Tensor;
 use crate::units::{Granules, SizeClass};
 
@@ -123,8 +123,6 @@ pub struct KvCache {
     driver: DriverHandle,
     counters: Arc<Counters>,
     health: AtomicU32,
-    /// What the device was last seen to allow, where that is less than the budget.
-    device_limit: AtomicU64,
 }
 
 impl KvCache {
@@ -187,7 +185,6 @@ impl KvCache {
             driver,
             counters,
             health: AtomicU32::new(0),
-            device_limit: AtomicU64::new(u64::MAX),
         };
         if let Commit::UpFront(mix) = cache.config.commit() {
             cache.commit(mix)?;

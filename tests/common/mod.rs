@@ -16,6 +16,7 @@ use vattn::geometry::{Commit, Config, Dtype, Geometry, LayerGroup, LayerKind};
 use vattn::units::{Bytes, DeviceAddr, SizeClass};
 use vattn::{Fence, KvCache, SlotId, SlotTokens, TokenCount};
 
+pub(crate) mod contents;
 pub(crate) mod shapes;
 
 pub(crate) use shapes::Shape;

@@ -186,5 +186,6 @@ pub(crate) fn all() -> Vec<Shape> {
         llama(),
         llama_per_layer(),
         mixed(),
+        small_device(),
     ]
 }
