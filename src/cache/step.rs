@@ -1,7 +1,7 @@
 //! How slots get their tokens, and what would fit.
 
 use crate::cache::work::{Planner, Work, abandon, shortage};
-use crate::cache::{KvCache, SlotTokens};
+use crate::cache::{Health, KvCache, SlotTokens};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Need, Pool, cover};
 use crate::slot::growth::{Change, Room, change};
@@ -37,7 +37,10 @@ impl KvCache {
     ///   not;
     /// - [`OutOfMappings`](ErrorKind::OutOfMappings) and the driver's other refusals.
     pub fn step(&self, entries: &[SlotTokens]) -> Result<()> {
-        if let Quick::Done = self.table.lock().step_within(entries) {
+        // The quick way asks no driver, which would say that the device is gone.
+        let within =
+            self.health() != Health::Failed && matches!(self.table.lock().step_within(entries), Quick::Done);
+        if within {
             self.counters.steps.bump();
             return Ok(());
         }
