@@ -49,7 +49,7 @@ impl KvCache {
             if waited.is_err() {
                 table.retire(id.index(), Vec::new());
             } else if stream.is_none() {
-                table.drop_fences(id.index(), &fences);
+                table.drop_fences(id.index(), fences.clone());
             }
         }
         drop(fences);
