@@ -360,12 +360,13 @@ impl KvCache {
 impl Drop for KvCache {
     fn drop(&mut self) {
         // Kernels may still be reading what is about to be unmapped.
-        let fences = self.table.get_mut().all_fences();
-        if let Err(error) = fence::wait(&fences) {
-            tracing::error!(
-                error = error.report(),
-                "a fence could not be waited for before a cache is dropped"
-            );
+        for fence in self.table.get_mut().all_fences() {
+            if let Err(error) = fence.event.wait() {
+                tracing::error!(
+                    error = error.report(),
+                    "a fence could not be waited for before a cache is dropped"
+                );
+            }
         }
     }
 }
