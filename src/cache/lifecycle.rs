@@ -6,6 +6,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::slot::growth::Room;
 use crate::units::{SlotId, TokenCount, wide};
 
+/// With more fences than this on a slot, those that have fired are looked for.
+const FEW_FENCES: usize = 4;
+
 impl KvCache {
     /// Gives a new request a slot, of no tokens yet.
     ///
@@ -36,20 +39,27 @@ impl KvCache {
             }
             (id, fences)
         };
+        let mut fired = Vec::new();
         let waited = match stream {
-            Some(stream) => fences
-                .iter()
-                .filter(|fence| fence.stream != Some(stream))
-                .try_for_each(|fence| fence.event.stream_waits(stream)),
-            None => fence::wait(&fences),
+            Some(stream) => {
+                fences.iter().filter(|fence| fence.stream != Some(stream)).try_for_each(|fence| {
+                    // Events of the callers' and of ever other streams would pile up on a slot that is adopted
+                    // over and over.
+                    if fences.len() > FEW_FENCES && fence.event.query()? {
+                        fired.push(fence.clone());
+                        return Ok(());
+                    }
+                    fence.event.stream_waits(stream)
+                })
+            }
+            None => fence::wait(&fences).map(|()| fired.clone_from(&fences)),
         };
         {
             let mut table = self.table.lock();
             table.set_active(id.index());
+            table.drop_fences(id.index(), fired);
             if waited.is_err() {
                 table.retire(id.index(), Vec::new());
-            } else if stream.is_none() {
-                table.drop_fences(id.index(), &fences);
             }
         }
         drop(fences);

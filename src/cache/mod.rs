@@ -41,7 +41,7 @@ use crate::pool::{self, Pool};
 use crate::slot::SlotTable;
 use crate::stats::{ByteCounts, Counters, Snapshot};
 use crate::sync::Ranked;
-use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU32, Ordering};
 use crate::tensor::Tensor;
 use crate::units::{Granules, SizeClass};
 
@@ -125,8 +125,6 @@ pub struct KvCache {
     driver: DriverHandle,
     counters: Arc<Counters>,
     health: AtomicU32,
-    /// What the device was last seen to allow, where that is less than the budget.
-    device_limit: AtomicU64,
 }
 
 impl KvCache {
@@ -189,7 +187,6 @@ impl KvCache {
             driver,
             counters,
             health: AtomicU32::new(0),
-            device_limit: AtomicU64::new(u64::MAX),
         };
         match cache.config.commit() {
             Commit::OnDemand => {}
@@ -371,12 +368,13 @@ impl KvCache {
 impl Drop for KvCache {
     fn drop(&mut self) {
         // Kernels may still be reading what is about to be unmapped.
-        let fences = self.table.get_mut().all_fences();
-        if let Err(error) = fence::wait(&fences) {
-            tracing::error!(
-                error = error.report(),
-                "a fence could not be waited for before a cache is dropped"
-            );
+        for fence in self.table.get_mut().all_fences() {
+            if let Err(error) = fence.event.wait() {
+                tracing::error!(
+                    error = error.report(),
+                    "a fence could not be waited for before a cache is dropped"
+                );
+            }
         }
     }
 }

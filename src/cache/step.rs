@@ -1,12 +1,11 @@
 //! How slots get their tokens, and what would fit.
 
 use crate::cache::work::{Planner, Work, abandon, shortage};
-use crate::cache::{KvCache, SlotTokens};
+use crate::cache::{Health, KvCache, SlotTokens};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Need, Pool, cover};
 use crate::slot::growth::{Change, Room, change};
 use crate::slot::{Place, Quick, SlotTable};
-use crate::sync::atomic::Ordering;
 use crate::units::{Granules, TokenCount, wide};
 
 /// How often a step is planned anew because the device had less memory than was planned with.
@@ -38,7 +37,10 @@ impl KvCache {
     ///   not;
     /// - [`OutOfMappings`](ErrorKind::OutOfMappings) and the driver's other refusals.
     pub fn step(&self, entries: &[SlotTokens]) -> Result<()> {
-        if let Quick::Done = self.table.lock().step_within(entries) {
+        // The quick way asks no driver, which would say that the device is gone.
+        let within =
+            self.health() != Health::Failed && matches!(self.table.lock().step_within(entries), Quick::Done);
+        if within {
             self.counters.steps.bump();
             return Ok(());
         }
@@ -48,12 +50,14 @@ impl KvCache {
     /// A step in which some slot needs more than it has used so far.
     fn step_beyond(&self, entries: &[SlotTokens]) -> Result<()> {
         let _moves = self.moves.lock();
+        // What the device was seen to allow during this step, where that is less than the budget. The
+        // next step asks the device anew: whoever took its memory may have given it back.
+        let mut device_limit = Granules::new(u64::MAX);
         for attempt in 1.. {
             let planned = {
                 let mut table = self.table.lock();
                 let mut pool = self.pool.lock();
                 table.check_step(entries)?;
-                let device_limit = Granules::new(self.device_limit.load(Ordering::Relaxed));
                 plan(&mut table, &mut pool, device_limit, entries)?
             };
             let Planned::Work(work) = planned else { break };
@@ -77,19 +81,19 @@ impl KvCache {
                 Ok(()) => break,
                 Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory && attempt < ATTEMPTS => {
                     // The device has less than the budget says: plan with what there is, so that
-                    // parked memory is used rather than new memory asked for.
+                    // parked memory is used rather than new memory asked for. What the device says is
+                    // free is believed once.
+                    let free = match self.driver.memory_info() {
+                        Ok(memory) if attempt == 1 => self.driver.info().granule.within(memory.free),
+                        _ => Granules::ZERO,
+                    };
                     let held = self.pool.lock().held();
-                    self.device_limit.store(held.get(), Ordering::Relaxed);
-                    tracing::warn!(%held, error = error.report(), "the device has less memory than the budget");
+                    device_limit = held + free;
+                    tracing::warn!(%held, %free, error = error.report(), "the device has less memory than the budget");
                 }
-                Err(error) => {
-                    self.device_limit.store(u64::MAX, Ordering::Relaxed);
-                    return Err(error.context(format!("stepping {} slots", entries.len())));
-                }
+                Err(error) => return Err(error.context(format!("stepping {} slots", entries.len()))),
             }
         }
-        // The next step asks the device anew: whoever took its memory may have given it back.
-        self.device_limit.store(u64::MAX, Ordering::Relaxed);
         self.counters.steps.bump();
         Ok(())
     }

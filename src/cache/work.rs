@@ -275,7 +275,7 @@ impl Progress {
         self.promises.into_iter().for_each(|promise| pool.break_promise(promise));
         self.stuck.into_iter().for_each(|(place, piece)| table.add_stuck(place, piece));
         self.mapped.into_iter().for_each(|(place, piece)| table.push(place, piece));
-        self.fired.into_iter().for_each(|(slot, fences)| table.drop_fences(slot, &fences));
+        self.fired.into_iter().for_each(|(slot, fences)| table.drop_fences(slot, fences));
     }
 }
 

@@ -73,9 +73,10 @@ impl DriverHandle {
         }
     }
 
-    /// The same from a drop, where nobody takes an error.
-    fn cleanup_in_drop(&self, verb: Verb, call: impl FnOnce(&dyn Driver) -> Result<()>) {
-        if let Err(error) = self.cleanup(verb, call) {
+    /// The same from a drop, where nobody takes an error. Says whether the driver did it.
+    fn cleanup_in_drop(&self, verb: Verb, call: impl FnOnce(&dyn Driver) -> Result<()>) -> bool {
+        let result = self.cleanup(verb, call);
+        if let Err(error) = &result {
             self.counters.count_refused_drop();
             tracing::error!(
                 verb = verb.as_str(),
@@ -83,6 +84,7 @@ impl DriverHandle {
                 "the driver refused to take memory back"
             );
         }
+        result.is_ok()
     }
 
     fn check_size(&self, what: &str, size: Bytes) -> Result<()> {
@@ -323,9 +325,14 @@ impl Drop for Mapping {
         if self.mapped {
             let (addr, size) = (self.addr, self.size);
             // SAFETY: as in `unmap_now`; `mapped` says that it has not happened yet.
-            self.reservation
+            let unmapped = self
+                .reservation
                 .driver
                 .cleanup_in_drop(Verb::Unmap, |driver| unsafe { driver.unmap(addr, size) });
+            if !unmapped {
+                // Addresses with a mapping in them can't be freed: they are lost with it.
+                std::mem::forget(Arc::clone(&self.reservation));
+            }
         }
     }
 }

@@ -418,8 +418,19 @@ impl SlotTable {
 
     /// Puts back a piece that was taken out and not unmapped.
     pub(crate) fn restore(&mut self, spare: Spare) {
-        self.push(spare.place, spare.piece);
-        self.settle(spare.place.slot);
+        let Spare { place, piece, fences } = spare;
+        self.push(place, piece);
+        // If it was the slot's last piece, the slot has forgotten what was to be waited for. What it has
+        // of the same stream is no older.
+        let kept = &mut self.records[index(place.slot)].fences;
+        for fence in fences {
+            let known = kept.iter().any(|other| {
+                Arc::ptr_eq(&other.event, &fence.event)
+                    || (fence.stream.is_some() && fence.stream == other.stream)
+            });
+            if known { self.trash.push(fence) } else { kept.push(fence) }
+        }
+        self.settle(place.slot);
     }
 
     /// Notes a piece that the driver would not let go of.
@@ -583,10 +594,12 @@ impl SlotTable {
         }
     }
 
-    /// Forgets fences that have fired.
-    pub(crate) fn drop_fences(&mut self, slot: u32, fired: &[Fence]) {
+    /// Forgets fences that have fired. The caller's references go to the trash, too: one of them may
+    /// be the last, and events are destroyed where no lock is held.
+    pub(crate) fn drop_fences(&mut self, slot: u32, fired: Vec<Fence>) {
         let is_fired = |fence: &mut Fence| fired.iter().any(|other| Arc::ptr_eq(&fence.event, &other.event));
         self.trash.extend(self.records[index(slot)].fences.extract_if(.., is_fired));
+        self.trash.extend(fired);
     }
 
     /// Every fence of every slot, and those that nobody needs any more.

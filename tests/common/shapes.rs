@@ -1,0 +1,191 @@
+//! Caches of many shapes, each with the rows of its tensors worked out by hand.
+
+use vattn::geometry::{Dtype, Geometry};
+use vattn::units::Bytes;
+use vattn::{Config, KvCache};
+
+use super::{Backend, Watch, configure, kv, latent, model};
+
+/// One kind of cache and the driver it runs on.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    pub(crate) name: &'static str,
+    pub(crate) geometry: Geometry,
+    pub(crate) layout: &'static str,
+    /// The bytes of a token in each tensor.
+    pub(crate) rows: Vec<u64>,
+    pub(crate) on_host: bool,
+    pub(crate) granule: Bytes,
+    pub(crate) slots: u32,
+    pub(crate) max_tokens: u64,
+    pub(crate) tile: u32,
+    /// In granules.
+    pub(crate) budget: u64,
+    /// What the device has, in granules, where that is less than the budget may be.
+    pub(crate) device_has: Option<u64>,
+    pub(crate) spare: bool,
+    /// Exponents and counts.
+    pub(crate) up_front: Vec<(u8, u64)>,
+}
+
+impl Shape {
+    pub(crate) fn config(&self) -> Config {
+        configure(self)
+    }
+
+    pub(crate) fn watch(&self) -> Watch {
+        let capacity = self.granule * (self.budget * 4 + 64);
+        let backend = if self.on_host {
+            Backend::host(self.granule, capacity)
+        } else {
+            Backend::ledger(self.granule, capacity)
+        };
+        Watch::new(backend, self.device_has.map(|granules| self.granule * granules))
+    }
+
+    pub(crate) fn cache(&self, watch: &Watch) -> KvCache {
+        KvCache::new(self.config(), watch.driver()).unwrap()
+    }
+
+    /// A tile or a page, whichever is more.
+    pub(crate) fn spare_tokens(&self) -> u64 {
+        u64::from(self.tile.max(16)).min(self.max_tokens)
+    }
+
+    /// The tokens that are backed for so many.
+    pub(crate) fn tiled(&self, tokens: u64) -> u64 {
+        (tokens.div_ceil(u64::from(self.tile)) * u64::from(self.tile)).min(self.max_tokens)
+    }
+
+    /// The granules that so many tokens lie in, in one tensor.
+    pub(crate) fn granules(&self, tensor: usize, tokens: u64) -> u64 {
+        (self.tiled(tokens) * self.rows[tensor]).div_ceil(self.granule.get())
+    }
+}
+
+fn host(
+    name: &'static str,
+    geometry: Geometry,
+    layout: &'static str,
+    rows: &[u64],
+    max_tokens: u64,
+    budget: u64,
+) -> Shape {
+    Shape {
+        name,
+        geometry,
+        layout,
+        rows: rows.to_vec(),
+        on_host: true,
+        granule: Bytes::new(4096),
+        slots: 6,
+        max_tokens,
+        tile: 1,
+        budget,
+        device_has: None,
+        spare: false,
+        up_front: Vec::new(),
+    }
+}
+
+fn card(
+    name: &'static str,
+    geometry: Geometry,
+    layout: &'static str,
+    rows: &[u64],
+    max_tokens: u64,
+    budget: u64,
+) -> Shape {
+    let shape = host(name, geometry, layout, rows, max_tokens, budget);
+    Shape { on_host: false, granule: Bytes::mib(2), slots: 12, ..shape }
+}
+
+pub(crate) fn sliced() -> Shape {
+    let geometry = Geometry::uniform(4, 2, 32, Dtype::BF16).unwrap();
+    host("sliced", geometry, "sliced", &[512, 512], 300, 120)
+}
+
+pub(crate) fn per_layer() -> Shape {
+    let geometry = Geometry::uniform(3, 2, 32, Dtype::BF16).unwrap();
+    host("per layer", geometry, "per-layer", &[128; 6], 500, 80)
+}
+
+pub(crate) fn grouped() -> Shape {
+    let geometry = Geometry::uniform(5, 1, 24, Dtype::F16).unwrap();
+    let shape = host("grouped", geometry, "grouped:2", &[96, 96, 96, 96, 48, 48], 700, 150);
+    Shape { tile: 128, ..shape }
+}
+
+pub(crate) fn unequal() -> Shape {
+    let geometry = model(vec![kv(3, 3, 24, 16)], Dtype::I8);
+    let shape = host("unequal widths, interleaved", geometry, "sliced-interleaved", &[360], 600, 110);
+    Shape { tile: 100, ..shape }
+}
+
+pub(crate) fn latents() -> Shape {
+    host("latents", Geometry::mla(4, 72, Dtype::BF16).unwrap(), "sliced", &[576], 400, 100)
+}
+
+pub(crate) fn large_tokens() -> Shape {
+    let geometry = Geometry::uniform(4, 8, 128, Dtype::F32).unwrap();
+    let shape = host("tokens larger than a granule", geometry, "sliced", &[16384, 16384], 40, 420);
+    Shape { spare: true, ..shape }
+}
+
+pub(crate) fn small_slots() -> Shape {
+    let geometry = Geometry::uniform(1, 1, 8, Dtype::F16).unwrap();
+    let shape = host("slots smaller than a granule", geometry, "sliced", &[16, 16], 100, 10);
+    Shape { granule: Bytes::new(64 << 10), spare: true, slots: 8, ..shape }
+}
+
+pub(crate) fn committed() -> Shape {
+    let geometry = Geometry::uniform(2, 4, 64, Dtype::BF16).unwrap();
+    let shape = host("committed up front", geometry, "per-layer-interleaved", &[1024, 1024], 900, 60);
+    Shape {
+        granule: Bytes::new(64 << 10),
+        tile: 128,
+        spare: true,
+        up_front: vec![(0, 4), (2, 3), (4, 1)],
+        ..shape
+    }
+}
+
+pub(crate) fn llama() -> Shape {
+    let geometry = Geometry::preset("llama-3-8b").unwrap();
+    let shape = card("Llama, sliced", geometry, "sliced", &[65536, 65536], 8192, 900);
+    Shape { up_front: vec![(0, 16), (3, 4), (5, 2)], tile: 128, ..shape }
+}
+
+pub(crate) fn llama_per_layer() -> Shape {
+    let geometry = Geometry::preset("llama-3-8b").unwrap();
+    Shape { slots: 8, ..card("Llama, per layer", geometry, "per-layer", &[2048; 64], 4096, 700) }
+}
+
+pub(crate) fn mixed() -> Shape {
+    let geometry = model(vec![kv(2, 4, 128, 64), latent(3, 576)], Dtype::BF16);
+    let shape = card("mixed layers", geometry, "grouped:2", &[2048, 1024, 2304, 1152], 20_000, 150);
+    Shape { spare: true, tile: 176, ..shape }
+}
+
+pub(crate) fn small_device() -> Shape {
+    let geometry = Geometry::preset("llama-3-8b").unwrap();
+    let shape = card("a device with less than the budget", geometry, "sliced", &[65536, 65536], 8192, 700);
+    Shape { device_has: Some(400), ..shape }
+}
+
+pub(crate) fn all() -> Vec<Shape> {
+    vec![
+        sliced(),
+        per_layer(),
+        grouped(),
+        unequal(),
+        latents(),
+        large_tokens(),
+        small_slots(),
+        committed(),
+        llama(),
+        llama_per_layer(),
+        mixed(),
+        small_device(),
+    ]
+}
