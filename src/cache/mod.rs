@@ -2,7 +2,7 @@
 //!
 //! Owns one cache: its tensors, its slot table, its pool, its locks. Every operation has the same
 //! shape: check and plan under the locks, call the driver with none, publish or undo under the locks
-//! again ([`work`]).
+//! again (`work.rs`).
 //!
 //! | file | what it answers |
 //! |---|---|
