@@ -72,16 +72,15 @@ impl Gate {
     fn pass(&self) {
         let mut state = self.state.lock();
         state.0 += 1;
-        self.moved.notify_all();
         while !state.1 {
             self.moved.wait(&mut state);
         }
     }
 
-    fn wait_for_arrival(&self) {
-        let mut state = self.state.lock();
-        while state.0 == 0 {
-            self.moved.wait(&mut state);
+    fn wait_for_arrival<T>(&self, caller: &thread::ScopedJoinHandle<'_, T>) {
+        while self.state.lock().0 == 0 {
+            assert!(!caller.is_finished(), "it made no such call");
+            thread::yield_now();
         }
     }
 
@@ -91,9 +90,10 @@ impl Gate {
     }
 }
 
-/// Until so many threads block on an event.
-fn wait_for_waiting(watch: &Watch, count: u64) {
-    while watch.backend.waiting() < count {
+/// Until a thread blocks on an event. One that ends without having waited is a failure, not a hang.
+fn wait_for_waiting<T>(watch: &Watch, waiter: &thread::ScopedJoinHandle<'_, T>) {
+    while watch.backend.waiting() == 0 {
+        assert!(!waiter.is_finished(), "it did not wait");
         thread::yield_now();
     }
 }
@@ -105,10 +105,12 @@ fn a_slot_is_stepped_while_another_is_being_mapped() {
     contents::fill(&cache, first, 1, 0..60);
     for verb in [Verb::Create, Verb::Map, Verb::SetAccess] {
         let now = cache.report().unwrap().slots[usize::try_from(second.index()).unwrap()].tokens.get();
+        // Nothing is left over that the step could use without a call.
+        cache.trim(Bytes::ZERO, IDLE).unwrap();
         let gate = Gate::before(&watch, verb);
         thread::scope(|scope| {
             let mapping = scope.spawn(|| step(&cache, second, now + 80));
-            gate.wait_for_arrival();
+            gate.wait_for_arrival(&mapping);
             // The other slot does all that needs no driver call.
             step(&cache, first, 60).unwrap();
             cache.truncate(first, tokens(60), IDLE).unwrap();
@@ -145,7 +147,7 @@ fn a_slot_is_acquired_while_its_memory_is_reclaimed() {
     let gate = Gate::before(&watch, Verb::Unmap);
     thread::scope(|scope| {
         let reclaiming = scope.spawn(|| cache.reclaim(Bytes::gib(1), IDLE));
-        gate.wait_for_arrival();
+        gate.wait_for_arrival(&reclaiming);
         let all: Vec<_> = (0..5).map(|_| cache.acquire(tokens(100), Some(TWO)).unwrap()).collect();
         assert_eq!(kind(cache.acquire(tokens(1), Some(TWO))), ErrorKind::NoFreeSlot);
         let stepping = scope.spawn(|| {
@@ -281,7 +283,7 @@ fn unmapping_waits_for_the_stream() {
         }
         thread::scope(|scope| {
             let waiting = scope.spawn(|| give_up(&cache));
-            wait_for_waiting(&watch, 1);
+            wait_for_waiting(&watch, &waiting);
             // Meanwhile others go on.
             step(&cache, second, 61).unwrap();
             cache.retire(second, IDLE).unwrap();
@@ -306,7 +308,7 @@ fn the_callers_own_fences_are_waited_for() {
         let fences = &[Fence::Stream(ONE), Fence::Stream(TWO)];
         let trimming = scope.spawn(|| cache.trim(Bytes::ZERO, fences).unwrap());
         for stream in [ONE, TWO] {
-            wait_for_waiting(&watch, 1);
+            wait_for_waiting(&watch, &trimming);
             assert_eq!(watch.checked.calls().of(Verb::Unmap), 0);
             watch.fire(stream);
         }
@@ -359,7 +361,7 @@ fn adopting_on_no_stream_waits_here() {
     cache.retire(slot, &[Fence::Stream(ONE)]).unwrap();
     thread::scope(|scope| {
         let acquiring = scope.spawn(|| cache.acquire(tokens(100), None).unwrap());
-        wait_for_waiting(&watch, 1);
+        wait_for_waiting(&watch, &acquiring);
         // Others find the table free, and the slot taken.
         let other = cache.acquire(tokens(100), Some(ONE)).unwrap();
         assert_ne!(other.index(), slot.index());
@@ -404,7 +406,7 @@ fn a_foreign_event_need_not_outlive_the_call() {
     watch.destroy(event);
     thread::scope(|scope| {
         let reclaiming = scope.spawn(|| cache.reclaim(Bytes::gib(1), IDLE).unwrap());
-        wait_for_waiting(&watch, 1);
+        wait_for_waiting(&watch, &reclaiming);
         assert_eq!(watch.checked.calls().of(Verb::Unmap), 0);
         watch.fire(ONE);
         reclaiming.join().unwrap();

@@ -20,6 +20,7 @@ use crate::driver::{Access, Driver, DriverInfo, MemoryInfo, RawEvent, RawHandle,
 use crate::error::{Error, ErrorKind, Result, Verb};
 use crate::stats::Counters;
 use crate::sync::assert_unlocked;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::units::{Bytes, DeviceAddr};
 
 /// A driver that is shared by everything made through it, with the counters of its calls.
@@ -108,6 +109,8 @@ pub struct Reservation {
     driver: DriverHandle,
     addr: DeviceAddr,
     size: Bytes,
+    /// A mapping is left in it that the driver would not take away: it can't be freed.
+    lost: AtomicBool,
 }
 
 impl Reservation {
@@ -119,7 +122,7 @@ impl Reservation {
     pub fn new(driver: &DriverHandle, size: Bytes) -> Result<Arc<Self>> {
         driver.check_size("a reservation", size)?;
         let addr = driver.call(Verb::Reserve, |driver| driver.reserve(size))?;
-        Ok(Arc::new(Self { driver: driver.clone(), addr, size }))
+        Ok(Arc::new(Self { driver: driver.clone(), addr, size, lost: AtomicBool::new(false) }))
     }
 
     /// Where it starts.
@@ -196,10 +199,13 @@ impl From<Error> for MapError {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        if self.lost.load(Ordering::Relaxed) {
+            return;
+        }
         let (addr, size) = (self.addr, self.size);
         // SAFETY:
         // - both are those of the one reservation made in `new`, freed only here;
-        // - every `Mapping` in it keeps it alive, so none is left;
+        // - every `Mapping` in it keeps it alive, so none is left that was not unmapped: `lost` would say so;
         // - users of the addresses are bound by the documentation of the views that give them out.
         self.driver.cleanup_in_drop(Verb::Free, |driver| unsafe { driver.free(addr, size) });
     }
@@ -330,8 +336,7 @@ impl Drop for Mapping {
                 .driver
                 .cleanup_in_drop(Verb::Unmap, |driver| unsafe { driver.unmap(addr, size) });
             if !unmapped {
-                // Addresses with a mapping in them can't be freed: they are lost with it.
-                std::mem::forget(Arc::clone(&self.reservation));
+                self.reservation.lost.store(true, Ordering::Relaxed);
             }
         }
     }
