@@ -42,8 +42,8 @@ const ACTIVE: u32 = 256;
 const HELD: [u32; 4] = [16, 256, 4096, 16_384];
 /// Tokens that one granule holds: steps within them map nothing.
 const TOKENS_A_GRANULE: u64 = 32;
-/// New requests in one step that maps.
-const PROMPTS: u32 = 16;
+/// Prompts in one step that maps.
+const PROMPTS: usize = 16;
 
 fn config(slots: u32, budget: Bytes) -> Config {
     Config::builder(Geometry::preset("llama-3-8b").unwrap())
@@ -288,36 +288,31 @@ fn adopt(c: &mut Criterion) {
     group.finish();
 }
 
-/// New requests are stepped to their prompts in one step. `created` makes its extents, `free` takes
-/// those that the pool has, `reclaimed` takes mapped ones from parked slots, at a budget that is all
-/// held. What is timed is the step, less what the driver took, by mapping.
+/// Sixteen prompts are stepped to in one step. `created` makes its extents, `free` takes those that
+/// the pool has, `reclaimed` takes mapped ones from the slots that hold memory and no tokens, at a
+/// budget that is all held. What is timed is the step, less what the driver took, by mapping.
 fn own_time_per_mapping(c: &mut Criterion) {
     let mut group = c.benchmark_group("own time per mapping");
     for source in ["created", "free", "reclaimed"] {
         for held in HELD {
-            // More empty slots than a round takes: one that is not yet wholly given back is not empty.
-            let cache = cache(held + 4 * PROMPTS, Bytes::gib(1 << 16));
-            park(&cache, held);
-            let all = cache.bytes().held;
+            let mut ring = Ring::new(held);
             if source == "reclaimed" {
-                cache.set_budget(all).unwrap();
+                ring.cache.set_budget(ring.held).unwrap();
             }
-            // Prompts come in the lengths, and in the order, of what is parked: what the oldest slots
-            // give back is what the next round needs.
-            let mut first = 0;
             group.bench_function(BenchmarkId::new(source, held), |b| {
                 b.iter_custom(|times| {
                     let (mut own, mut maps) = (Duration::ZERO, 0);
                     while maps < times {
-                        let lengths = (first..first + PROMPTS).map(|number| length((number % held).into()));
-                        let (took, mapped) = map_prompts(&cache, lengths);
-                        assert!(mapped > 0, "{PROMPTS} new prompts were mapped");
+                        let (took, mapped) = ring.turn();
+                        assert!(mapped >= wide(PROMPTS), "{mapped} mappings for {PROMPTS} prompts");
                         own += took;
                         maps += mapped;
-                        first = (first + PROMPTS) % held;
+                        let cache = &ring.cache;
                         match source {
-                            "created" => cache.trim(all, &[Fence::Idle]).unwrap(),
-                            "free" => cache.reclaim(cache.bytes().parked - all, &[Fence::Idle]).unwrap(),
+                            "created" => cache.trim(ring.held, &[Fence::Idle]).unwrap(),
+                            "free" => {
+                                cache.reclaim(cache.bytes().parked - ring.held, &[Fence::Idle]).unwrap()
+                            }
                             _ => Bytes::ZERO,
                         };
                     }
@@ -325,30 +320,63 @@ fn own_time_per_mapping(c: &mut Criterion) {
                     Duration::from_nanos(nanoseconds.try_into().unwrap())
                 });
             });
-            cache.report().unwrap();
+            ring.cache.report().unwrap();
         }
     }
     group.finish();
 }
 
-/// Steps new requests to their prompts at once, and retires them. Returns the step's own time and
-/// its mappings.
-fn map_prompts(cache: &KvCache, lengths: impl Iterator<Item = u64>) -> (Duration, u64) {
-    // Hardly any parked slot suits a request of the most tokens, so most are given an empty one. What
-    // is unmapped in another, because it does not suit the prompt, counts as the step's own work.
-    let most = cache.config().max_tokens();
-    let entries: Vec<_> =
-        lengths.map(|length| SlotTokens::new(cache.acquire(most, None).unwrap(), tokens(length))).collect();
-    let (maps, driver) = (map_calls(cache), driver_time(cache));
-    let start = Instant::now();
-    cache.step(&entries).unwrap();
-    let wall = start.elapsed();
-    let own = wall.saturating_sub(driver_time(cache) - driver);
-    let maps = map_calls(cache) - maps;
-    for entry in entries {
-        cache.retire(entry.slot, &[Fence::Idle]).unwrap();
+/// Slots that are given a prompt in turn and truncated to nothing after it. They stay with their
+/// requests, so that nobody adopts them and each prompt maps. Memory is taken from the slot of least
+/// use, which is the one whose turn is next.
+struct Ring {
+    cache: KvCache,
+    slots: Vec<SlotId>,
+    next: usize,
+    /// What the slots hold together.
+    held: Bytes,
+}
+
+impl Ring {
+    fn new(held: u32) -> Self {
+        let held = usize::try_from(held).unwrap();
+        // More slots without memory than a turn takes: what is given back ends in the middle of one.
+        let count = held + 4 * PROMPTS;
+        let cache = cache(u32::try_from(count).unwrap(), Bytes::gib(1 << 16));
+        let slots: Vec<_> = (0..count).map(|_| cache.acquire(tokens(1), None).unwrap()).collect();
+        let mut ring = Self { cache, slots, next: 0, held: Bytes::ZERO };
+        while ring.next < held {
+            ring.turn();
+        }
+        ring.held = ring.cache.bytes().held;
+        ring
     }
-    (own, maps)
+
+    /// Steps the next slots to prompts, at once. Returns the step's own time and its mappings.
+    fn turn(&mut self) -> (Duration, u64) {
+        let cache = &self.cache;
+        let entries: Vec<_> = (0..PROMPTS)
+            .map(|number| {
+                let slot = self.slots[(self.next + number) % self.slots.len()];
+                SlotTokens::new(slot, tokens(length(wide(number))))
+            })
+            .collect();
+        self.next = (self.next + PROMPTS) % self.slots.len();
+        let (maps, driver) = (map_calls(cache), driver_time(cache));
+        let start = Instant::now();
+        cache.step(&entries).unwrap();
+        let wall = start.elapsed();
+        let own = wall.saturating_sub(driver_time(cache) - driver);
+        let maps = map_calls(cache) - maps;
+        for entry in entries {
+            cache.truncate(entry.slot, TokenCount::ZERO, &[Fence::Idle]).unwrap();
+        }
+        (own, maps)
+    }
+}
+
+fn wide(count: usize) -> u64 {
+    u64::try_from(count).unwrap()
 }
 
 criterion_group!(benches, step_of_256, step_beside_parked, adopt, own_time_per_mapping);
