@@ -509,3 +509,46 @@ fn a_device_that_gets_memory_back_is_asked_again() {
     watch.checked.clear_faults();
     step(&cache, slot, 100).unwrap();
 }
+
+#[test]
+fn giving_memory_up_tries_quarantined_memory_again() {
+    let give_up: [fn(&KvCache); 3] = [
+        |cache| _ = cache.trim(Bytes::ZERO, &[Fence::Idle]).unwrap(),
+        |cache| _ = cache.reclaim(Bytes::mib(1), &[Fence::Idle]).unwrap(),
+        |cache| cache.set_budget(cache.budget()).unwrap(),
+    ];
+    for give_up in give_up {
+        let scene = Scene::trimmed();
+        scene.watch.checked.fail_call_of(Verb::SetAccess, 2, ErrorKind::Driver);
+        scene.watch.checked.fail_from_of(Verb::Unmap, 1, ErrorKind::Driver);
+        step(&scene.cache, scene.fresh, 77).unwrap_err();
+        assert_eq!(scene.cache.health(), Health::Degraded);
+        scene.watch.checked.clear_faults();
+        give_up(&scene.cache);
+        assert_eq!((scene.cache.health(), scene.cache.bytes().quarantined), (Health::Healthy, Bytes::ZERO));
+        scene.find(None);
+        scene.end(0);
+    }
+}
+
+#[test]
+fn a_device_that_is_lost_while_memory_is_given_up_is_noticed() {
+    let mut nothing_to_report = 0;
+    for nth in 1.. {
+        let scene = Scene::new();
+        scene.cache.retire(scene.slot(1), &[Fence::Idle]).unwrap();
+        scene.watch.checked.lose_device_at(nth);
+        // What the device took with it counts as given back, so a trim may well succeed.
+        match scene.cache.trim(Bytes::ZERO, &[Fence::Idle]) {
+            Ok(_) => nothing_to_report += 1,
+            Err(error) => assert_eq!(error.kind(), ErrorKind::DeviceLost, "{error}"),
+        }
+        if scene.watch.checked.injected() == 0 {
+            nothing_to_report -= 1;
+            break;
+        }
+        assert_eq!(scene.cache.health(), Health::Failed, "call {nth}");
+        assert_eq!(step(&scene.cache, scene.slot(2), 60).unwrap_err().kind(), ErrorKind::Unhealthy);
+    }
+    assert!(nothing_to_report > 0, "the case that this test is for");
+}

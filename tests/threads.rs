@@ -487,3 +487,35 @@ fn fences_do_not_pile_up_on_a_slot_that_is_adopted_over_and_over() {
     let events = watch.checked.live().events;
     assert!(events <= 8, "{events} events are kept for one slot");
 }
+
+#[test]
+fn memory_that_comes_back_to_a_new_owner_is_quarantined_until_its_fence_has_fired() {
+    let (watch, cache) = cache_of(&shape());
+    let first = request(&cache, 100);
+    watch.hold(ONE);
+    cache.retire(first, &[Fence::Stream(ONE)]).unwrap();
+    watch.used_by(&cache, first.index(), ONE);
+    let owners = thread::scope(|scope| {
+        let reclaiming = scope.spawn(|| cache.reclaim(Bytes::gib(1), IDLE));
+        wait_for_waiting(&watch, &reclaiming);
+        // All of the slot's memory is on its way out, so nobody who gets the slot now waits for it.
+        let owners: Vec<_> = (0..5).map(|_| cache.acquire(tokens(100), Some(TWO)).unwrap()).collect();
+        assert_eq!(watch.checked.calls().of(Verb::StreamWait), 0);
+        watch.checked.fail_call_of(Verb::Unmap, 1, ErrorKind::Driver);
+        watch.fire(ONE);
+        assert_eq!(kind(reclaiming.join().unwrap()), ErrorKind::Driver);
+        owners
+    });
+    cache.report().unwrap();
+    assert_eq!(cache.health(), Health::Degraded);
+    assert!(!cache.bytes().quarantined.is_zero());
+    // The slot's next step clears its way first.
+    for owner in owners {
+        step(&cache, owner, 100).unwrap();
+        contents::fill(&cache, owner, u64::from(owner.index()), 0..100);
+        contents::find(&cache, owner, u64::from(owner.index()), 100);
+    }
+    cache.report().unwrap();
+    assert_eq!((cache.health(), cache.bytes().quarantined), (Health::Healthy, Bytes::ZERO));
+    assert_eq!(watch.violations(), Vec::<String>::new());
+}

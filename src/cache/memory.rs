@@ -56,16 +56,17 @@ impl KvCache {
             let granule = self.driver.info().granule;
             let limit: Granules = granule.within(budget);
             let _moves = self.moves.lock();
-            let needed = {
+            let (needed, stuck) = {
                 let table = self.table.lock();
-                table.frontier() + table.stuck()
+                (table.frontier() + table.stuck(), table.stuck())
             };
             if needed > limit {
                 return Err(Error::new(
                     ErrorKind::OutOfBudget,
                     format!(
-                        "a budget of {budget} is less than the {} that slots in use need; retire or truncate slots first",
-                        granule.to_bytes(needed)
+                        "a budget of {budget} is less than the {} that slots in use need{}; retire or truncate slots first",
+                        granule.to_bytes(needed),
+                        if stuck.is_zero() { "" } else { ", quarantined memory included" },
                     ),
                 ));
             }

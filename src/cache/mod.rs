@@ -41,7 +41,7 @@ use crate::pool::{self, Pool};
 use crate::slot::SlotTable;
 use crate::stats::{ByteCounts, Counters, Snapshot};
 use crate::sync::Ranked;
-use crate::sync::atomic::{AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::tensor::Tensor;
 use crate::units::{Granules, SizeClass};
 
@@ -124,7 +124,8 @@ pub struct KvCache {
     config: Config,
     driver: DriverHandle,
     counters: Arc<Counters>,
-    health: AtomicU32,
+    /// Whether the driver holds on to extents.
+    degraded: AtomicBool,
 }
 
 impl KvCache {
@@ -186,7 +187,7 @@ impl KvCache {
             config,
             driver,
             counters,
-            health: AtomicU32::new(0),
+            degraded: AtomicBool::new(false),
         };
         match cache.config.commit() {
             Commit::OnDemand => {}
@@ -237,10 +238,12 @@ impl KvCache {
     /// Whether it can be trusted with more work.
     #[must_use]
     pub fn health(&self) -> Health {
-        match self.health.load(Ordering::Acquire) {
-            0 => Health::Healthy,
-            1 => Health::Degraded,
-            _ => Health::Failed,
+        if self.counters.device_lost() {
+            Health::Failed
+        } else if self.degraded.load(Ordering::Relaxed) {
+            Health::Degraded
+        } else {
+            Health::Healthy
         }
     }
 
@@ -297,8 +300,7 @@ impl KvCache {
     fn noted<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.counters.count_failure(error.kind());
-            if error.kind() == ErrorKind::DeviceLost && self.health() != Health::Failed {
-                self.health.store(2, Ordering::Release);
+            if error.kind() == ErrorKind::DeviceLost {
                 tracing::error!(error = error.report(), "the device is gone: the cache has failed");
             }
         }
@@ -318,6 +320,9 @@ impl KvCache {
         let (done, result) = work::carry_out(work, &self.driver, &self.tensors, keep);
         self.counters.reclaimed.add(done.reclaimed);
         self.counters.resized.add(done.resized);
+        if done.reclaimed + done.resized > 0 {
+            tracing::debug!(reclaimed = done.reclaimed, resized = done.resized, "parked extents were taken");
+        }
         {
             let mut table = self.table.lock();
             let mut pool = self.pool.lock();
@@ -329,33 +334,47 @@ impl KvCache {
                     undo(&mut table);
                 }
             }
-            if self.health() != Health::Failed {
-                let degraded = !table.stuck().is_zero();
-                if degraded && self.health() == Health::Healthy {
-                    tracing::warn!(granules = %table.stuck(), "the driver would not undo: extents are quarantined");
-                }
-                self.health.store(u32::from(degraded), Ordering::Release);
+            let degraded = !table.stuck().is_zero();
+            if degraded && !self.degraded.swap(degraded, Ordering::Relaxed) {
+                tracing::warn!(granules = %table.stuck(), "the driver would not undo: extents are quarantined");
             }
+            self.degraded.store(degraded, Ordering::Relaxed);
         }
         self.sweep();
         result
     }
 
     /// Plans and carries out work that maps nothing.
+    ///
+    /// The caller holds the right to move extents.
     fn give_up_memory(
         &self,
         fences: Vec<crate::slot::Fence>,
         plan: impl FnOnce(&mut Planner<'_>),
         limit: Granules,
     ) -> Result<()> {
-        let work = {
-            let mut table = self.table.lock();
-            let mut pool = self.pool.lock();
-            let mut planner = Planner::new(&mut table, &mut pool, limit);
-            plan(&mut planner);
-            planner.finish(fences)
-        };
+        // What the driver would not let go of before is tried again, and stands in nobody's way.
+        if !self.table.lock().stuck().is_zero() {
+            let work = self.plan(Vec::new(), |planner| planner.clear_all(), limit);
+            if let Err(error) = self.perform(work, |_| {}, |_| {}) {
+                tracing::warn!(error = error.report(), "the driver still holds on to quarantined extents");
+            }
+        }
+        let work = self.plan(fences, plan, limit);
         self.perform(work, |_| {}, |_| {})
+    }
+
+    fn plan(
+        &self,
+        fences: Vec<crate::slot::Fence>,
+        plan: impl FnOnce(&mut Planner<'_>),
+        limit: Granules,
+    ) -> Work {
+        let mut table = self.table.lock();
+        let mut pool = self.pool.lock();
+        let mut planner = Planner::new(&mut table, &mut pool, limit);
+        plan(&mut planner);
+        planner.finish(fences)
     }
 
     /// Destroys the fences that nobody needs any more, with no lock held.

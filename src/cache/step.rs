@@ -100,8 +100,9 @@ impl KvCache {
 
     /// Which of these would succeed now, each together with those before it that would.
     ///
-    /// A step of exactly those that are `true` succeeds unless the driver refuses or another thread
-    /// takes the memory first.
+    /// One step of exactly those that are `true` succeeds unless the driver refuses or another thread
+    /// takes the memory first. Steps one after another need not: while there is room, each may round
+    /// its memory up.
     ///
     /// # Errors
     /// As [`step`](Self::step), for anything but memory.

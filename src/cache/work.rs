@@ -98,7 +98,15 @@ impl<'a> Planner<'a> {
     /// Clears what lies in the way of a run and the driver would not let go of before.
     pub(super) fn clear(&mut self, place: Place) {
         let stuck = self.table.take_stuck(place);
+        if !stuck.is_empty() {
+            self.work.fences.extend_from_slice(self.table.fences(place.slot));
+        }
         self.work.stuck.extend(stuck.into_iter().map(|piece| (place, piece)));
+    }
+
+    /// Clears whatever the driver would not let go of before, anywhere.
+    pub(super) fn clear_all(&mut self) {
+        self.table.stuck_places().into_iter().for_each(|place| self.clear(place));
     }
 
     /// Takes all pieces of a run out that hold nobody's tokens.
@@ -241,7 +249,7 @@ impl<'a> Planner<'a> {
 
     /// Hands over what is to be done, once `fences` have fired, too.
     pub(super) fn finish(mut self, fences: Vec<slot::Fence>) -> Work {
-        self.work.fences = fences;
+        self.work.fences.extend(fences);
         self.work
     }
 }
@@ -425,18 +433,21 @@ impl Progress {
         fences: &[slot::Fence],
         extents: &mut Vec<Option<Extent>>,
     ) -> Result<()> {
-        let mut result = Ok(());
+        let mut result = fence::wait(fences);
         for (place, piece) in stuck {
+            if result.is_err() {
+                self.stuck.push((place, piece));
+                continue;
+            }
             match piece.unmap() {
                 Ok(extent) => self.extents.push(extent),
                 Err(Stuck { error, extent, piece }) => {
                     self.extents.extend(extent);
                     self.stuck.extend(piece.map(|piece| (place, piece)));
-                    result = result.and(Err(error));
+                    result = Err(error);
                 }
             }
         }
-        let mut result = result.and_then(|()| fence::wait(fences));
         let mut spares = std::mem::take(&mut self.not_unmapped).into_iter();
         while result.is_ok() {
             let Some(spare) = spares.next() else { break };
@@ -445,7 +456,7 @@ impl Progress {
                 result = Err(error);
                 break;
             }
-            let Spare { place, piece, fences } = spare;
+            let Spare { place, generation, piece, fences } = spare;
             match piece.unmap() {
                 Ok(extent) => {
                     self.reclaimed += 1;
@@ -453,7 +464,7 @@ impl Progress {
                 }
                 Err(Stuck { error, extent, piece }) => {
                     self.extents.extend(extent);
-                    self.not_unmapped.extend(piece.map(|piece| Spare { place, piece, fences }));
+                    self.not_unmapped.extend(piece.map(|piece| Spare { place, generation, piece, fences }));
                     result = Err(error);
                 }
             }

@@ -63,6 +63,9 @@ impl DriverHandle {
         let start = Instant::now();
         let result = call(&*self.driver);
         self.counters.count_call(verb, start.elapsed(), result.is_ok());
+        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::DeviceLost) {
+            self.counters.note_device_lost();
+        }
         result
     }
 

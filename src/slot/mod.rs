@@ -157,6 +157,8 @@ pub(crate) struct Place {
 #[derive(Debug)]
 pub(crate) struct Spare {
     pub(crate) place: Place,
+    /// The generation of the slot when the piece was taken.
+    pub(crate) generation: u64,
     pub(crate) piece: Piece,
     pub(crate) fences: Vec<Fence>,
 }
@@ -410,16 +412,23 @@ impl SlotTable {
     pub(crate) fn pop_spare(&mut self, place: Place) -> Option<Spare> {
         let record = &mut self.records[index(place.slot)];
         let piece = record.runs[place.tensor].pop_spare()?;
-        let fences = record.fences.clone();
+        let (generation, fences) = (record.generation, record.fences.clone());
         self.backed -= piece.granules();
         self.settle(place.slot);
-        Some(Spare { place, piece, fences })
+        Some(Spare { place, generation, piece, fences })
     }
 
     /// Puts back a piece that was taken out and not unmapped.
+    ///
+    /// A new owner has not waited for its fences: to him it is as good as stuck, and is unmapped
+    /// after them before he comes to need its addresses.
     pub(crate) fn restore(&mut self, spare: Spare) {
-        let Spare { place, piece, fences } = spare;
-        self.push(place, piece);
+        let Spare { place, generation, piece, fences } = spare;
+        if self.records[index(place.slot)].generation == generation {
+            self.push(place, piece);
+        } else {
+            self.add_stuck(place, piece);
+        }
         // If it was the slot's last piece, the slot has forgotten what was to be waited for. What it has
         // of the same stream is no older.
         let kept = &mut self.records[index(place.slot)].fences;
@@ -440,11 +449,27 @@ impl SlotTable {
         self.count_memory();
     }
 
+    /// Runs with pieces that the driver would not let go of.
+    pub(crate) fn stuck_places(&self) -> Vec<Place> {
+        if self.stuck.is_zero() {
+            return Vec::new();
+        }
+        let of_slot = |(slot, record): (u32, &Record)| {
+            let stuck = |(_, run): &(usize, &Run)| !run.stuck_granules().is_zero();
+            let places =
+                record.runs.iter().enumerate().filter(stuck).map(|(tensor, _)| Place { slot, tensor });
+            places.collect::<Vec<_>>()
+        };
+        (0..).zip(&self.records).flat_map(of_slot).collect()
+    }
+
     /// Takes the pieces of a run that the driver would not let go of, to try again.
     pub(crate) fn take_stuck(&mut self, place: Place) -> Vec<Piece> {
         let run = &mut self.records[index(place.slot)].runs[place.tensor];
         self.stuck -= run.stuck_granules();
-        std::mem::take(run.stuck())
+        let stuck = std::mem::take(run.stuck());
+        self.count_memory();
+        stuck
     }
 
     /// Gives a slot to a new request: the parked one that fits best, or an empty one.

@@ -1,7 +1,7 @@
 //! The atomics.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::error::{ErrorKind, Verb};
@@ -69,6 +69,7 @@ struct Call {
 pub struct Counters {
     calls: [Call; Verb::ALL.len()],
     refused_drops: Tally,
+    device_lost: AtomicBool,
     failures: [Tally; ErrorKind::ALL.len()],
     pub free_extents: [Gauge; SizeClass::COUNT],
     pub mapped_extents: [Gauge; SizeClass::COUNT],
@@ -100,6 +101,16 @@ impl Counters {
         if !succeeded {
             call.failed.bump();
         }
+    }
+
+    /// Notes that a call of the driver found the device gone. It never comes back.
+    pub fn note_device_lost(&self) {
+        self.device_lost.store(true, Relaxed);
+    }
+
+    /// Whether a call of the driver found the device gone.
+    pub fn device_lost(&self) -> bool {
+        self.device_lost.load(Relaxed)
     }
 
     /// Counts something that could not be given back.
