@@ -103,8 +103,10 @@ struct Record {
     generation: u64,
     runs: Box<[Run]>,
     fences: Vec<Fence>,
-    /// When the memory that holds nobody's tokens was last used.
+    /// When the memory that holds nobody's tokens was last used, and whether that has a place in the
+    /// order by age.
     stamp: u64,
+    listed_by_age: bool,
     /// What the first step of the request needed, in tokens; zero before it.
     prompt: TokenCount,
     /// The tokens that all runs together back: the key in the order for adoption while parked.
@@ -182,6 +184,7 @@ impl SlotTable {
             runs: tensors.iter().map(|_| Run::default()).collect(),
             fences: Vec::new(),
             stamp: 0,
+            listed_by_age: false,
             prompt: TokenCount::ZERO,
             backed: TokenCount::ZERO,
         };
@@ -522,11 +525,8 @@ impl SlotTable {
             self.set_needed(Place { slot, tensor }, 0);
         }
         self.active -= 1;
+        self.renew_age(slot);
         let record = &mut self.records[index(slot)];
-        // The new age orders the slot anew; `settle` finds out whether anything is left to park.
-        self.by_age.remove(&(record.stamp, slot));
-        self.clock += 1;
-        record.stamp = self.clock;
         record.state = State::Parked;
         self.counters.parked_slots.add(1);
         self.by_room.insert((record.backed, slot));
@@ -538,10 +538,7 @@ impl SlotTable {
     /// Takes tokens away; what held them is spare from now on.
     pub(crate) fn truncate(&mut self, slot: u32, tokens: TokenCount, fences: Vec<Fence>) {
         self.add_fences(slot, fences);
-        let record = &mut self.records[index(slot)];
-        self.by_age.remove(&(record.stamp, slot));
-        self.clock += 1;
-        record.stamp = self.clock;
+        self.renew_age(slot);
         self.set_tokens(slot, tokens);
     }
 
@@ -583,9 +580,13 @@ impl SlotTable {
         }
         self.hot[index(slot)].edge = self.layout.tile_floor(within);
         if record.state == State::Parked {
-            self.by_room.remove(&(record.backed, slot));
+            if backed != record.backed || !pieces {
+                self.by_room.remove(&(record.backed, slot));
+            }
             if pieces {
-                self.by_room.insert((backed, slot));
+                if backed != record.backed {
+                    self.by_room.insert((backed, slot));
+                }
             } else {
                 record.state = State::Empty;
                 self.trash.append(&mut record.fences);
@@ -600,12 +601,28 @@ impl SlotTable {
             self.counters.parked_slots.add(1);
         }
         record.backed = backed;
-        if spare {
+        self.list_by_age(slot, spare);
+        self.count_memory();
+    }
+
+    /// Puts a slot into the order by age, or takes it out.
+    fn list_by_age(&mut self, slot: u32, listed: bool) {
+        let record = &mut self.records[index(slot)];
+        if std::mem::replace(&mut record.listed_by_age, listed) == listed {
+            return;
+        }
+        if listed {
             self.by_age.insert((record.stamp, slot));
         } else {
             self.by_age.remove(&(record.stamp, slot));
         }
-        self.count_memory();
+    }
+
+    /// The memory that a slot does not need was used just now; `settle` lists it anew.
+    fn renew_age(&mut self, slot: u32) {
+        self.list_by_age(slot, false);
+        self.clock += 1;
+        self.records[index(slot)].stamp = self.clock;
     }
 
     fn add_fences(&mut self, slot: u32, fences: Vec<Fence>) {
