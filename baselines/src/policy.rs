@@ -41,8 +41,8 @@ impl fmt::Display for RequestId {
 pub struct Usage {
     /// What the tokens of admitted requests fill, with no rounding at all.
     pub needed: Bytes,
-    /// Memory of admitted requests, up to the last unit that holds a byte of their tokens. What
-    /// they have beyond that is parked and not counted.
+    /// Memory of admitted requests, up to the last unit that holds a byte of their tokens, or of the
+    /// tile that the last token is in. What they have beyond that is parked and not counted.
     pub mapped: Bytes,
     /// All that was created and not released.
     pub held: Bytes,

@@ -63,7 +63,7 @@ pub struct Vattention {
     seats: Vec<Option<u32>>,
     bytes_per_token: Bytes,
     tokens: TokenCount,
-    /// Blocks up to the last that holds a token, of all active slots.
+    /// Blocks up to the last that holds a token or the rest of its tile, of all active slots.
     filled: u64,
     block_bytes: Bytes,
     held: Bytes,
@@ -374,7 +374,7 @@ impl Policy for Vattention {
         if prompt > self.shape.max_tokens() {
             return Ok(false);
         }
-        let (required, filled, capacity) = (self.required(prompt), self.blocks(prompt), self.capacity);
+        let (required, capacity) = (self.required(prompt), self.capacity);
         let pages = self.pages()?;
         if pages.required + required > capacity {
             return Ok(false);
@@ -392,7 +392,7 @@ impl Policy for Vattention {
         pages.required += required;
         self.seats[seat] = Some(u32::try_from(index).expect("slots are counted in u32"));
         self.tokens += prompt;
-        self.filled += filled;
+        self.filled += required;
         self.adopted += u64::from(adopts);
         Ok(true)
     }
@@ -446,7 +446,7 @@ impl Policy for Vattention {
         }
         for &(request, total) in totals {
             let slot = &mut pages.slots[self.seat(request)?];
-            self.filled += self.blocks(total) - self.blocks(slot.tokens);
+            self.filled += self.required(total) - self.required(slot.tokens);
             self.tokens += total - slot.tokens;
             slot.tokens = total;
         }
@@ -468,7 +468,7 @@ impl Policy for Vattention {
         slot.request = None;
         self.seats[request.index()] = None;
         self.tokens -= tokens;
-        self.filled -= self.blocks(tokens);
+        self.filled -= self.required(tokens);
         Ok(())
     }
 
