@@ -493,7 +493,7 @@ impl SlotTable {
                 ErrorKind::NoFreeSlot,
                 format!(
                     "all {} slots are in use; retire one, or create the cache with more",
-                    self.layout.slots()
+                    self.layout.slots() - u32::from(self.spare.is_some())
                 ),
             ));
         };
