@@ -171,6 +171,22 @@ impl World {
         self.budget.get() / self.shape.granule.get()
     }
 
+    /// A granule for each tensor, or the page that the spare slot backs, where that is more.
+    fn least_budget(&self) -> Bytes {
+        let granule = self.shape.granule.get();
+        let one_each = u64::try_from(self.shape.rows.len()).unwrap();
+        let config = self.cache.config();
+        let page = u64::from(config.page_tokens().max(config.tile_tokens())).min(config.max_tokens().get());
+        let page = if config.tile_tokens() == 1 {
+            page
+        } else {
+            page.next_multiple_of(config.tile_tokens().into()).min(config.max_tokens().get())
+        };
+        let spare: u64 = self.shape.rows.iter().map(|row| (row * page).div_ceil(granule)).sum();
+        let spare = if self.cache.spare_slot().is_some() { spare } else { 0 };
+        Bytes::new(granule * one_each.max(spare))
+    }
+
     /// Granules in use in each tensor: up to the end of the extent with the last byte that is needed.
     fn frontier(&self, slot: u32, count: u64) -> Vec<u64> {
         let tensors = 0..self.shape.rows.len();
@@ -468,12 +484,16 @@ impl World {
             }
             Op::SetBudget { thousandths } => {
                 let budget = Bytes::new(self.shape.granule.get() * self.shape.budget * thousandths / 1000);
-                let enough = self.in_use() <= budget.get() / self.shape.granule.get();
                 let result = self.cache.set_budget(budget).map_err(|error| error.kind());
-                assert_eq!(result, if enough { Ok(()) } else { Err(ErrorKind::OutOfBudget) });
-                if enough {
+                let expected = if budget < self.least_budget() {
+                    Err(ErrorKind::InvalidConfig)
+                } else if self.in_use() > budget.get() / self.shape.granule.get() {
+                    Err(ErrorKind::OutOfBudget)
+                } else {
                     self.budget = budget;
-                }
+                    Ok(())
+                };
+                assert_eq!(result, expected);
             }
             Op::Hold { stream: number } => self.watch.hold(stream(*number)),
             Op::Fire { stream: number } => self.watch.fire(stream(*number)),
@@ -506,7 +526,7 @@ impl World {
             let told = report.slots.iter().find(|told| told.index == slot);
             assert_eq!(told.map_or(Bytes::ZERO, |told| told.backed), granule * of_slot, "slot {slot}");
             let need = self.used.get(&slot).map_or(0, |count| self.frontier(slot, *count).iter().sum());
-            assert_eq!(told.map_or(Bytes::ZERO, |told| told.needed), granule * need, "slot {slot}");
+            assert_eq!(told.map_or(Bytes::ZERO, |told| told.mapped), granule * need, "slot {slot}");
         }
         assert_eq!(live.mappings, u64::try_from(mappings).unwrap());
         assert_eq!(live.reservations, u64::try_from(tensors).unwrap());
@@ -519,12 +539,13 @@ impl World {
         assert_eq!(bytes.mapped + bytes.parked, granule * backed);
         assert_eq!(bytes.held, live.bytes);
         assert_eq!(bytes.held, bytes.mapped + bytes.parked + bytes.free);
-        assert_eq!((bytes.quarantined, bytes.budget), (Bytes::ZERO, self.budget));
+        assert_eq!((bytes.quarantined, bytes.budget), (Bytes::ZERO, granule * self.limit()));
         assert!(bytes.held.get() <= granule.get() * self.limit(), "{bytes:?}");
         let extents = &report.snapshot.extents;
         assert_eq!(extents.iter().map(|class| class.mapped).sum::<u64>(), live.mappings);
         assert_eq!(extents.iter().map(|class| class.mapped + class.free).sum::<u64>(), live.handles);
-        assert_eq!(report.snapshot.slots.active, u64::try_from(self.used.len()).unwrap());
+        let spare = usize::from(self.cache.spare_slot().is_some());
+        assert_eq!(report.snapshot.slots.active, u64::try_from(self.used.len() - spare).unwrap());
     }
 
     fn finish(mut self, tidy: bool) {

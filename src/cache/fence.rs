@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "a foreign event can only be vouched for by whoever hands it in")]
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::driver::owned::{DriverHandle, Event};
 use crate::driver::{RawEvent, Stream};
@@ -18,7 +18,8 @@ use crate::slot;
 pub enum Fence {
     /// Nothing on the device uses the memory any more.
     Idle,
-    /// All that is in the stream by now. `Stream(0)` is CUDA's legacy default stream.
+    /// All that is in the stream by now. `Stream(0)` is CUDA's legacy default stream. A stream is
+    /// synchronised before it is destroyed, since its number may be used again.
     Stream(Stream),
     /// An event of the caller's.
     Event(ForeignEvent),
@@ -40,6 +41,12 @@ impl ForeignEvent {
     }
 }
 
+/// The time on the clock that all fences share: every look at it is a later one.
+fn now() -> u64 {
+    static CLOCK: AtomicU64 = AtomicU64::new(0);
+    CLOCK.fetch_add(1, Ordering::SeqCst)
+}
+
 /// Turns fences into events that the library owns. Calls the driver.
 pub(super) fn record(driver: &DriverHandle, fences: &[Fence]) -> Result<Vec<slot::Fence>> {
     if fences.is_empty() {
@@ -50,18 +57,19 @@ pub(super) fn record(driver: &DriverHandle, fences: &[Fence]) -> Result<Vec<slot
     }
     let mut recorded = Vec::new();
     for fence in fences {
+        let started = now();
         let (event, stream) = match *fence {
             Fence::Idle => continue,
             Fence::Stream(stream) => (Event::record(driver, stream)?, Some(stream)),
             // SAFETY: `ForeignEvent::new` made the caller promise that the event lives during this call.
             Fence::Event(ForeignEvent(event)) => (unsafe { Event::follow(driver, event) }?, None),
         };
-        recorded.push(slot::Fence { event: Arc::new(event), stream });
+        recorded.push(slot::Fence::new(event, stream, started, now()));
     }
     Ok(recorded)
 }
 
 /// Blocks until all have fired.
 pub(super) fn wait(fences: &[slot::Fence]) -> Result<()> {
-    fences.iter().try_for_each(|fence| fence.event.wait())
+    fences.iter().try_for_each(|fence| fence.event().wait())
 }

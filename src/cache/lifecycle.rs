@@ -26,30 +26,31 @@ impl KvCache {
     }
 
     fn acquire_checked(&self, hint: TokenCount, stream: Option<Stream>) -> Result<SlotId> {
-        let (id, fences) = {
+        let (id, adopts, fences) = {
             let mut table = self.table.lock();
             let budget = self.pool.lock().budget();
-            let left = budget.saturating_sub(table.frontier() + table.stuck());
+            let left = budget.saturating_sub(table.frontier() + table.quarantined());
             let short = Room::new(left, budget, wide(self.tensors.len())).is_short();
-            let id = table.acquire(hint, short)?;
+            let (id, adopts) = table.acquire(hint, short)?;
             let fences = table.fences(id.index()).to_vec();
             if fences.is_empty() {
                 table.set_active(id.index());
+                self.count_acquired(adopts);
                 return Ok(id);
             }
-            (id, fences)
+            (id, adopts, fences)
         };
         let mut fired = Vec::new();
         let waited = match stream {
             Some(stream) => {
-                fences.iter().filter(|fence| fence.stream != Some(stream)).try_for_each(|fence| {
+                fences.iter().filter(|fence| !fence.is_of(stream)).try_for_each(|fence| {
                     // Events of the callers' and of ever other streams would pile up on a slot that is adopted
                     // over and over.
-                    if fences.len() > FEW_FENCES && fence.event.query()? {
+                    if fences.len() > FEW_FENCES && fence.event().query()? {
                         fired.push(fence.clone());
                         return Ok(());
                     }
-                    fence.event.stream_waits(stream)
+                    fence.event().stream_waits(stream)
                 })
             }
             None => fence::wait(&fences).map(|()| fired.clone_from(&fences)),
@@ -64,7 +65,16 @@ impl KvCache {
         }
         drop(fences);
         self.sweep();
-        waited.map(|()| id)
+        waited?;
+        self.count_acquired(adopts);
+        Ok(id)
+    }
+
+    fn count_acquired(&self, adopts: bool) {
+        self.counters.acquired.bump();
+        if adopts {
+            self.counters.adopted.bump();
+        }
     }
 
     /// The request is done. Its extents stay mapped until another request adopts them or memory is

@@ -49,16 +49,20 @@ impl KvCache {
     /// [`trim`](Self::trim) does.
     ///
     /// # Errors
+    /// [`InvalidConfig`](ErrorKind::InvalidConfig) for a budget that [`new`](Self::new) would refuse,
     /// [`OutOfBudget`](ErrorKind::OutOfBudget) where slots in use need more than `budget`, and the
     /// driver's. The old budget stays.
     pub fn set_budget(&self, budget: Bytes) -> Result<()> {
         self.noted(self.check_health().and_then(|()| {
             let granule = self.driver.info().granule;
             let limit: Granules = granule.within(budget);
+            if budget < super::least_budget(&self.config, &self.layout) {
+                return Err(super::too_small(budget, &self.config, &self.layout));
+            }
             let _moves = self.moves.lock();
-            let (needed, stuck) = {
+            let (needed, quarantined) = {
                 let table = self.table.lock();
-                (table.frontier() + table.stuck(), table.stuck())
+                (table.frontier() + table.quarantined(), table.quarantined())
             };
             if needed > limit {
                 return Err(Error::new(
@@ -66,7 +70,7 @@ impl KvCache {
                     format!(
                         "a budget of {budget} is less than the {} that slots in use need{}; retire or truncate slots first",
                         granule.to_bytes(needed),
-                        if stuck.is_zero() { "" } else { ", quarantined memory included" },
+                        if quarantined.is_zero() { "" } else { ", quarantined memory included" },
                     ),
                 ));
             }

@@ -43,7 +43,7 @@ use crate::stats::{ByteCounts, Counters, Snapshot};
 use crate::sync::Ranked;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::tensor::Tensor;
-use crate::units::{Granules, SizeClass};
+use crate::units::{Bytes, Granules, SizeClass, TokenCount, wide};
 
 pub use crate::slot::SlotTokens;
 pub use fence::{Fence, ForeignEvent};
@@ -52,6 +52,9 @@ pub use views::TensorView;
 
 /// Numbers caches, so that a slot of one is refused by another.
 static NEXT_CACHE: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
+
+/// The most slots times tensors: their books take about a gigabyte.
+const MOST_RUNS: u64 = 1 << 24;
 
 /// Whether a cache can be trusted with more work.
 ///
@@ -132,8 +135,9 @@ impl KvCache {
     /// Reserves the addresses of all tensors, and commits what the options say.
     ///
     /// # Errors
-    /// [`InvalidConfig`](ErrorKind::InvalidConfig) for a budget below one granule for each tensor, or
-    /// one that the memory committed up front exceeds;
+    /// [`InvalidConfig`](ErrorKind::InvalidConfig) for a budget below one granule for each tensor or
+    /// below what the spare slot takes, for one that the memory committed up front exceeds, and for
+    /// more than 2^24 slots times tensors;
     /// [`OutOfAddressSpace`](ErrorKind::OutOfAddressSpace) for more virtual memory than can be
     /// reserved; [`OutOfDeviceMemory`](ErrorKind::OutOfDeviceMemory) for what is committed up front.
     pub fn new(config: Config, driver: Arc<dyn Driver>) -> Result<Self> {
@@ -145,15 +149,18 @@ impl KvCache {
             Some(budget) => budget,
             None => driver.memory_info()?.free,
         };
-        let least = granule.to_bytes(Granules::new(crate::units::wide(layout.tensors().len())));
-        if budget < least {
+        if budget < least_budget(&config, &layout) {
+            return Err(too_small(budget, &config, &layout));
+        }
+        let runs = u64::from(layout.slots()) * wide(layout.tensors().len());
+        if runs > MOST_RUNS {
             return Err(Error::new(
                 ErrorKind::InvalidConfig,
                 format!(
-                    "the budget is {budget}, and {} tensors need a granule of {} each, {least} in all; raise it, or \
-                     choose a layout with fewer tensors",
+                    "{} slots in {} tensors are {runs} places to keep books of, and {MOST_RUNS} is the limit; use fewer \
+                     slots, or a layout with fewer tensors",
+                    layout.slots(),
                     layout.tensors().len(),
-                    granule.bytes(),
                 ),
             ));
         }
@@ -334,9 +341,9 @@ impl KvCache {
                     undo(&mut table);
                 }
             }
-            let degraded = !table.stuck().is_zero();
+            let degraded = !table.quarantined().is_zero();
             if degraded && !self.degraded.swap(degraded, Ordering::Relaxed) {
-                tracing::warn!(granules = %table.stuck(), "the driver would not undo: extents are quarantined");
+                tracing::warn!(granules = %table.quarantined(), "the driver would not undo: extents are quarantined");
             }
             self.degraded.store(degraded, Ordering::Relaxed);
         }
@@ -354,7 +361,7 @@ impl KvCache {
         limit: Granules,
     ) -> Result<()> {
         // What the driver would not let go of before is tried again, and stands in nobody's way.
-        if !self.table.lock().stuck().is_zero() {
+        if !self.table.lock().quarantined().is_zero() {
             let work = self.plan(Vec::new(), |planner| planner.clear_all(), limit);
             if let Err(error) = self.perform(work, |_| {}, |_| {}) {
                 tracing::warn!(error = error.report(), "the driver still holds on to quarantined extents");
@@ -384,11 +391,45 @@ impl KvCache {
     }
 }
 
+/// The tokens that the spare slot backs.
+fn spare_tokens(config: &Config) -> TokenCount {
+    let tokens = config.page_tokens().max(config.tile_tokens());
+    TokenCount::new(u64::from(tokens)).min(config.max_tokens())
+}
+
+/// A granule for each tensor, or what the spare slot takes, where that is more.
+fn least_budget(config: &Config, layout: &Layout) -> Bytes {
+    let one_each = Granules::new(wide(layout.tensors().len()));
+    let spare = match config.spare_index() {
+        Some(_) => layout.granules_for(layout.round_to_tile(spare_tokens(config))),
+        None => Granules::ZERO,
+    };
+    layout.granule().to_bytes(one_each.max(spare))
+}
+
+#[cold]
+fn too_small(budget: Bytes, config: &Config, layout: &Layout) -> Error {
+    let spare = match config.spare_index() {
+        Some(_) => format!(" and the spare slot {} tokens", spare_tokens(config)),
+        None => String::new(),
+    };
+    Error::new(
+        ErrorKind::InvalidConfig,
+        format!(
+            "the budget is {budget}, and {} tensors need a granule of {} each{spare}, {} in all; raise it, or choose a \
+             layout with fewer tensors",
+            layout.tensors().len(),
+            layout.granule().bytes(),
+            least_budget(config, layout),
+        ),
+    )
+}
+
 impl Drop for KvCache {
     fn drop(&mut self) {
         // Kernels may still be reading what is about to be unmapped.
         for fence in self.table.get_mut().all_fences() {
-            if let Err(error) = fence.event.wait() {
+            if let Err(error) = fence.event().wait() {
                 tracing::error!(
                     error = error.report(),
                     "a fence could not be waited for before a cache is dropped"

@@ -31,9 +31,11 @@ pub struct SlotReport {
     /// The tokens it holds.
     pub tokens: TokenCount,
     /// Extents up to the last one that holds a byte of its tokens, over all tensors.
-    pub needed: Bytes,
-    /// All extents that are mapped for it, over all tensors.
+    pub mapped: Bytes,
+    /// All extents that are mapped for it, over all tensors, those beyond its tokens included.
     pub backed: Bytes,
+    /// Extents in its way that the driver would not let go of.
+    pub quarantined: Bytes,
 }
 
 impl Report {
@@ -60,13 +62,12 @@ impl KvCache {
             snapshot: self.counters.snapshot(),
             slots: (0..self.layout.slots())
                 .map(|slot| (slot, table.describe(slot)))
-                .filter(|(_, (state, ..))| *state != State::Empty)
-                .map(|(index, (state, tokens, needed, backed))| SlotReport {
-                    index,
-                    active: state != State::Parked,
-                    tokens,
-                    needed: self.layout.granule().to_bytes(needed),
-                    backed: self.layout.granule().to_bytes(backed),
+                .filter(|(_, (state, _, [.., quarantined]))| *state != State::Empty || !quarantined.is_zero())
+                .map(|(index, (state, tokens, granules))| {
+                    let [mapped, backed, quarantined] =
+                        granules.map(|granules| self.layout.granule().to_bytes(granules));
+                    let active = matches!(state, State::Active | State::Busy);
+                    SlotReport { index, active, tokens, mapped, backed, quarantined }
                 })
                 .collect(),
         });

@@ -110,7 +110,7 @@ impl KvCache {
         let mut table = self.table.lock();
         let pool = self.pool.lock();
         let result = table.check_step(entries).map(|()| {
-            let mut left = (pool.budget()).saturating_sub(table.frontier() + table.stuck());
+            let mut left = (pool.budget()).saturating_sub(table.frontier() + table.quarantined());
             entries
                 .iter()
                 .map(|entry| {
@@ -133,7 +133,7 @@ impl KvCache {
     pub fn admits(&self, prompts: &[TokenCount]) -> usize {
         let table = self.table.lock();
         let pool = self.pool.lock();
-        let mut left = pool.budget().saturating_sub(table.frontier() + table.stuck());
+        let mut left = pool.budget().saturating_sub(table.frontier() + table.quarantined());
         prompts
             .iter()
             .take(table.available())
@@ -149,8 +149,7 @@ impl KvCache {
     /// Backs the slot that padded batch entries write to: the tokens of one page or tile.
     pub(super) fn back_spare(&self) -> Result<()> {
         let Some(slot) = self.table.lock().spare_slot() else { return Ok(()) };
-        let tokens = self.config.page_tokens().max(self.config.tile_tokens());
-        let tokens = TokenCount::new(u64::from(tokens)).min(self.layout.max_tokens());
+        let tokens = super::spare_tokens(&self.config);
         self.step(&[SlotTokens::new(slot, tokens)]).map_err(|error| error.context("backing the spare slot"))
     }
 }
@@ -179,7 +178,7 @@ fn plan(
     let layout = table.layout();
     let budget = pool.budget();
     let limit = budget.min(device_limit);
-    let usable = limit.saturating_sub(table.stuck());
+    let usable = limit.saturating_sub(table.quarantined());
     let exact: Granules = entries.iter().map(|entry| missing(table, &layout, entry)).sum();
     let Some(left) = usable.checked_sub(table.frontier() + exact) else {
         let kind = if limit < budget { ErrorKind::OutOfDeviceMemory } else { ErrorKind::OutOfBudget };

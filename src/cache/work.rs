@@ -13,14 +13,12 @@
 //! until its work is done: others may retire, acquire and step within what they have, but nobody else
 //! moves an extent.
 
-use std::sync::Arc;
-
 use crate::cache::fence;
 use crate::driver::owned::{DriverHandle, PhysicalMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Extent, Pool, Promise, Withdrawn};
 use crate::slot::{self, Place, SlotTable, Spare};
-use crate::tensor::{Piece, Stuck, Tensor};
+use crate::tensor::{Piece, Refused, Tensor};
 use crate::units::{GranuleSize, Granules, SizeClass, wide};
 
 /// Into how many smaller extents one may be split rather than made anew.
@@ -61,7 +59,7 @@ struct Want {
 /// Everything that an operation has taken out of the books, to be done.
 #[derive(Debug, Default)]
 pub(super) struct Work {
-    stuck: Vec<(Place, Piece)>,
+    quarantined: Vec<(Place, Piece)>,
     taken: Vec<Taken>,
     withdrawn: Vec<Withdrawn>,
     wants: Vec<Want>,
@@ -97,16 +95,16 @@ impl<'a> Planner<'a> {
 
     /// Clears what lies in the way of a run and the driver would not let go of before.
     pub(super) fn clear(&mut self, place: Place) {
-        let stuck = self.table.take_stuck(place);
-        if !stuck.is_empty() {
+        let quarantined = self.table.take_quarantined(place);
+        if !quarantined.is_empty() {
             self.work.fences.extend_from_slice(self.table.fences(place.slot));
         }
-        self.work.stuck.extend(stuck.into_iter().map(|piece| (place, piece)));
+        self.work.quarantined.extend(quarantined.into_iter().map(|piece| (place, piece)));
     }
 
     /// Clears whatever the driver would not let go of before, anywhere.
     pub(super) fn clear_all(&mut self) {
-        self.table.stuck_places().into_iter().for_each(|place| self.clear(place));
+        self.table.quarantined_places().into_iter().for_each(|place| self.clear(place));
     }
 
     /// Takes all pieces of a run out that hold nobody's tokens.
@@ -264,7 +262,7 @@ struct Progress {
     unreleased: Vec<(SizeClass, PhysicalMemory)>,
     released: Vec<SizeClass>,
     promises: Vec<Promise>,
-    stuck: Vec<(Place, Piece)>,
+    quarantined: Vec<(Place, Piece)>,
     mapped: Vec<(Place, Piece)>,
     fired: Vec<(u32, Vec<slot::Fence>)>,
     reclaimed: u64,
@@ -281,7 +279,7 @@ impl Progress {
         self.unreleased.into_iter().for_each(|(class, memory)| pool.put_back_memory(class, memory));
         self.released.into_iter().for_each(|class| pool.released(class));
         self.promises.into_iter().for_each(|promise| pool.break_promise(promise));
-        self.stuck.into_iter().for_each(|(place, piece)| table.add_stuck(place, piece));
+        self.quarantined.into_iter().for_each(|(place, piece)| table.quarantine(place, piece));
         self.mapped.into_iter().for_each(|(place, piece)| table.push(place, piece));
         self.fired.into_iter().for_each(|(slot, fences)| table.drop_fences(slot, fences));
     }
@@ -292,7 +290,7 @@ pub(super) fn abandon(work: Work, table: &mut SlotTable, pool: &mut Pool) {
     let mut progress = Progress {
         not_unmapped: work.taken.into_iter().map(|taken| taken.spare).collect(),
         withdrawn: work.withdrawn,
-        stuck: work.stuck,
+        quarantined: work.quarantined,
         ..Progress::default()
     };
     for want in work.wants {
@@ -342,14 +340,14 @@ pub(super) fn carry_out(
         while let Some((place, piece)) = progress.mapped.pop() {
             match piece.unmap() {
                 Ok(extent) => progress.extents.push(extent),
-                Err(Stuck { error, extent, piece }) => {
+                Err(Refused { error, extent, piece }) => {
                     tracing::error!(
                         error = error.report(),
                         slot = place.slot,
                         "a mapping could not be undone"
                     );
                     progress.extents.extend(extent);
-                    progress.stuck.extend(piece.map(|piece| (place, piece)));
+                    progress.quarantined.extend(piece.map(|piece| (place, piece)));
                 }
             }
         }
@@ -366,7 +364,7 @@ impl Progress {
         tensors: &[Tensor],
         keep: impl Fn(Promise, PhysicalMemory) -> Extent,
     ) -> Result<()> {
-        let Work { stuck, taken, withdrawn, wants, fences } = work;
+        let Work { quarantined, taken, withdrawn, wants, fences } = work;
         self.withdrawn = withdrawn;
         let (fates, spares): (Vec<_>, Vec<_>) =
             taken.into_iter().map(|taken| (taken.fate, taken.spare)).unzip();
@@ -375,7 +373,7 @@ impl Progress {
             wants.into_iter().map(|want| ((want.place, want.at), want.source)).unzip();
 
         let mut unmapped = Vec::with_capacity(fates.len());
-        let freed = self.unmap(stuck, &fences, &mut unmapped);
+        let freed = self.unmap(quarantined, &fences, &mut unmapped);
         unmapped.resize_with(fates.len(), || None);
         let freed = freed.and_then(|()| self.release(&fates, &mut unmapped));
 
@@ -414,10 +412,10 @@ impl Progress {
             }
             match tensors[place.tensor].map(place.slot, at, extent) {
                 Ok(piece) => self.mapped.push((place, piece)),
-                Err(stuck) => {
-                    let Stuck { error, extent, piece } = stuck;
+                Err(quarantined) => {
+                    let Refused { error, extent, piece } = quarantined;
                     self.extents.extend(extent);
-                    self.stuck.extend(piece.map(|piece| (place, piece)));
+                    self.quarantined.extend(piece.map(|piece| (place, piece)));
                     result = Err(error);
                 }
             }
@@ -429,21 +427,21 @@ impl Progress {
     /// comes behind it, is left where it was.
     fn unmap(
         &mut self,
-        stuck: Vec<(Place, Piece)>,
+        quarantined: Vec<(Place, Piece)>,
         fences: &[slot::Fence],
         extents: &mut Vec<Option<Extent>>,
     ) -> Result<()> {
         let mut result = fence::wait(fences);
-        for (place, piece) in stuck {
+        for (place, piece) in quarantined {
             if result.is_err() {
-                self.stuck.push((place, piece));
+                self.quarantined.push((place, piece));
                 continue;
             }
             match piece.unmap() {
                 Ok(extent) => self.extents.push(extent),
-                Err(Stuck { error, extent, piece }) => {
+                Err(Refused { error, extent, piece }) => {
                     self.extents.extend(extent);
-                    self.stuck.extend(piece.map(|piece| (place, piece)));
+                    self.quarantined.extend(piece.map(|piece| (place, piece)));
                     result = Err(error);
                 }
             }
@@ -462,7 +460,7 @@ impl Progress {
                     self.reclaimed += 1;
                     extents.push(Some(extent));
                 }
-                Err(Stuck { error, extent, piece }) => {
+                Err(Refused { error, extent, piece }) => {
                     self.extents.extend(extent);
                     self.not_unmapped.extend(piece.map(|piece| Spare { place, generation, piece, fences }));
                     result = Err(error);
@@ -476,10 +474,7 @@ impl Progress {
     /// Waits for a piece's fences, once for each slot that pieces come from.
     fn wait_for(&mut self, spare: &Spare) -> Result<()> {
         let known = |fence: &slot::Fence| {
-            self.fired
-                .iter()
-                .flat_map(|(_, fences)| fences)
-                .any(|fired| Arc::ptr_eq(&fired.event, &fence.event))
+            self.fired.iter().flat_map(|(_, fences)| fences).any(|fired| fired.is(fence))
         };
         if spare.fences.iter().all(known) {
             return Ok(());

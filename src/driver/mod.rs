@@ -45,9 +45,20 @@ pub struct RawHandle(pub u64);
 
 /// A stream of device work: a `CUstream`'s number. Zero is CUDA's legacy default stream, never
 /// "no stream".
+///
+/// The library tells streams apart by their numbers, and a number may be given to a new stream once
+/// its own is destroyed. So a stream that was named to the library is synchronised before it is
+/// destroyed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(transparent)]
 pub struct Stream(pub u64);
+
+impl Stream {
+    /// CUDA's legacy default stream, which a NULL stream stands for.
+    pub const LEGACY: Self = Self(0);
+    /// CUDA's per-thread default stream: another stream in each thread.
+    pub const PER_THREAD: Self = Self(2);
+}
 
 /// A point in a stream: a `CUevent`'s number.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -109,6 +120,7 @@ pub struct MemoryInfo {
 /// - memory behind a mapping stays what it is until the range is unmapped, also if the handle is
 ///   released earlier;
 /// - two handles never share memory while either is alive or mapped;
+/// - a mapping over one that is there already is refused;
 /// - a failed call has changed nothing.
 #[expect(unsafe_code, reason = "callers rely on implementations for memory safety")]
 pub unsafe trait Driver: fmt::Debug + Send + Sync {

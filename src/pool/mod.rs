@@ -88,10 +88,11 @@ pub(crate) struct Pool {
 impl Pool {
     /// An empty pool that may hold the whole granules of `budget`.
     pub(crate) fn new(granule: GranuleSize, budget: Bytes, counters: Arc<Counters>) -> Self {
-        counters.budget.set(budget.get());
+        let budget = granule.within(budget);
+        counters.budget.set(granule.to_bytes(budget).get());
         Self {
             granule,
-            budget: granule.within(budget),
+            budget,
             held: Granules::ZERO,
             free: Default::default(),
             free_granules: Granules::ZERO,
@@ -118,7 +119,7 @@ impl Pool {
 
     pub(crate) fn set_budget(&mut self, budget: Bytes) {
         self.budget = self.granule.within(budget);
-        self.counters.budget.set(budget.get());
+        self.counters.budget.set(self.granule.to_bytes(self.budget).get());
     }
 
     /// A free extent of exactly that class.

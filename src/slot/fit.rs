@@ -36,12 +36,18 @@ pub(crate) struct Wish {
 }
 
 impl Wish {
-    /// A slot for a request that will soon hold `hint` tokens.
-    pub(crate) fn new(hint: TokenCount, tensor: &TensorLayout, terms: Generosity, short: bool) -> Self {
+    /// A slot for a request that will soon hold `hint` tokens, of `most` that it can hold.
+    pub(crate) fn new(
+        hint: TokenCount,
+        most: TokenCount,
+        tensor: &TensorLayout,
+        terms: Generosity,
+        short: bool,
+    ) -> Self {
         Self {
             need: tensor.granules(hint),
-            horizon: tensor.granules(HORIZON).max(Granules::new(1)),
-            reach: tensor.granules(REACH),
+            horizon: tensor.granules(HORIZON.min(most)).max(Granules::new(1)),
+            reach: tensor.granules(REACH.min(most)),
             terms,
             short,
         }
@@ -154,7 +160,8 @@ mod tests {
 
         fn wish(&self, tokens: u64) -> Wish {
             let tensor = &self.layout.tensors()[0];
-            Wish::new(TokenCount::new(tokens), tensor, Generosity::of(tensor, 32), false)
+            let most = self.layout.max_tokens();
+            Wish::new(TokenCount::new(tokens), most, tensor, Generosity::of(tensor, most, 32), false)
         }
     }
 

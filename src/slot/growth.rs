@@ -38,15 +38,20 @@ pub(crate) struct Generosity {
 }
 
 impl Generosity {
-    pub(crate) fn of(tensor: &TensorLayout, slack_divisor: u32) -> Self {
-        let whole =
-            |tokens| tensor.granules(tokens).saturating_sub(Granules::new(u64::from(!exact(tensor, tokens))));
+    /// For slots of `most` tokens, beyond which no number of tokens is looked at.
+    pub(crate) fn of(tensor: &TensorLayout, most: TokenCount, slack_divisor: u32) -> Self {
+        let touched = |tokens: TokenCount| tensor.granules(tokens.min(most));
+        let whole = |tokens: TokenCount| {
+            let touched = touched(tokens);
+            let exact = tensor.tokens_within(touched) == tokens.min(most);
+            if exact { touched } else { touched.saturating_sub(Granules::new(1)) }
+        };
         Self {
             growth: whole(GROWTH).max(Granules::new(1)),
             slack: whole(SLACK),
-            overshoot: tensor.granules(OVERSHOOT),
+            overshoot: touched(OVERSHOOT),
             tight_slack: whole(TIGHT),
-            tight_overshoot: tensor.granules(TIGHT),
+            tight_overshoot: touched(TIGHT),
             divisor: u64::from(slack_divisor),
         }
     }
@@ -65,11 +70,6 @@ impl Generosity {
     pub(crate) fn overshoot(&self, short: bool) -> Granules {
         if short { self.tight_overshoot } else { self.overshoot }
     }
-}
-
-/// Whether that many tokens are whole granules.
-fn exact(tensor: &TensorLayout, tokens: TokenCount) -> bool {
-    tensor.tokens_within(tensor.granules(tokens)) == tokens
 }
 
 fn power_of_two(granules: Granules) -> Granules {
@@ -175,7 +175,7 @@ mod tests {
         let geometry = Geometry::uniform(layers_a_tensor, 8, 128, Dtype::BF16).unwrap();
         let config = Config::builder(geometry).max_slots(4).build().unwrap();
         let layout = Layout::new(&config, GranuleSize::new(Bytes::mib(2)).unwrap(), Device::Cpu).unwrap();
-        Generosity::of(&layout.tensors()[0], 32)
+        Generosity::of(&layout.tensors()[0], layout.max_tokens(), 32)
     }
 
     fn granules(count: u64) -> Granules {

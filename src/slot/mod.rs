@@ -23,21 +23,23 @@
 //!
 //! The table is behind the lock of rank 1.
 
+mod audit;
+mod fence;
 pub(crate) mod fit;
 pub(crate) mod growth;
+
+pub(crate) use fence::Fence;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::driver::Stream;
-use crate::driver::owned::Event;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
 use crate::slot::fit::Wish;
 use crate::slot::growth::Generosity;
 use crate::stats::Counters;
 use crate::tensor::{Piece, Run};
-use crate::units::{Granules, SizeClass, SlotId, TokenCount, index, wide};
+use crate::units::{Granules, SizeClass, SlotId, TokenCount, index};
 
 /// How many parked slots that hold enough are looked at for an adoption, and how many that do not.
 const CANDIDATES_ABOVE: usize = 40;
@@ -89,14 +91,6 @@ struct Hot {
     step: u64,
 }
 
-/// What is waited for before memory that a slot no longer needs is unmapped.
-#[derive(Clone, Debug)]
-pub(crate) struct Fence {
-    pub(crate) event: Arc<Event>,
-    /// The stream in which it was recorded; later events of one stream stand for earlier ones.
-    pub(crate) stream: Option<Stream>,
-}
-
 #[derive(Debug)]
 struct Record {
     state: State,
@@ -107,6 +101,8 @@ struct Record {
     /// order by age.
     stamp: u64,
     listed_by_age: bool,
+    /// Granules in its runs that the driver would not let go of.
+    quarantined: Granules,
     /// What the first step of the request needed, in tokens; zero before it.
     prompt: TokenCount,
     /// The tokens that all runs together back: the key in the order for adoption while parked.
@@ -123,7 +119,8 @@ pub(crate) struct SlotTable {
     terms: Box<[Generosity]>,
     hot: Vec<Hot>,
     records: Vec<Record>,
-    empty: BTreeSet<u32>,
+    /// Empty slots, those first in which nothing is quarantined.
+    empty: BTreeSet<(bool, u32)>,
     by_room: BTreeSet<(TokenCount, u32)>,
     by_age: BTreeSet<(u64, u32)>,
     clock: u64,
@@ -131,7 +128,7 @@ pub(crate) struct SlotTable {
     tokens: TokenCount,
     frontier: Granules,
     backed: Granules,
-    stuck: Granules,
+    quarantined: Granules,
     active: u64,
     /// Fences that nobody needs any more, to be destroyed where no lock is held.
     trash: Vec<Fence>,
@@ -176,7 +173,8 @@ impl SlotTable {
         counters: Arc<Counters>,
     ) -> Self {
         let tensors = layout.tensors();
-        let terms = tensors.iter().map(|tensor| Generosity::of(tensor, slack_divisor)).collect();
+        let most = layout.max_tokens();
+        let terms = tensors.iter().map(|tensor| Generosity::of(tensor, most, slack_divisor)).collect();
         let lead = (0..tensors.len()).max_by_key(|tensor| tensors[*tensor].row()).unwrap_or(0);
         let record = || Record {
             state: State::Empty,
@@ -185,18 +183,19 @@ impl SlotTable {
             fences: Vec::new(),
             stamp: 0,
             listed_by_age: false,
+            quarantined: Granules::ZERO,
             prompt: TokenCount::ZERO,
             backed: TokenCount::ZERO,
         };
         let slots = layout.slots();
-        counters.max_slots.set(u64::from(slots));
+        counters.max_slots.set(u64::from(slots) - u64::from(spare.is_some()));
         let mut table = Self {
             cache,
             lead,
             terms,
             hot: (0..slots).map(|_| Hot::default()).collect(),
             records: (0..slots).map(|_| record()).collect(),
-            empty: (0..slots).collect(),
+            empty: (0..slots).map(|slot| (false, slot)).collect(),
             by_room: BTreeSet::new(),
             by_age: BTreeSet::new(),
             clock: 0,
@@ -204,7 +203,7 @@ impl SlotTable {
             tokens: TokenCount::ZERO,
             frontier: Granules::ZERO,
             backed: Granules::ZERO,
-            stuck: Granules::ZERO,
+            quarantined: Granules::ZERO,
             active: 0,
             trash: Vec::new(),
             spare,
@@ -216,9 +215,7 @@ impl SlotTable {
             record.generation = 1;
             record.state = State::Active;
             table.hot[index(spare)].live = 1;
-            table.empty.remove(&spare);
-            table.active += 1;
-            table.counters.active_slots.set(table.active);
+            table.empty.remove(&(false, spare));
         }
         table
     }
@@ -238,8 +235,8 @@ impl SlotTable {
     }
 
     /// Granules that the driver would not let go of.
-    pub(crate) fn stuck(&self) -> Granules {
-        self.stuck
+    pub(crate) fn quarantined(&self) -> Granules {
+        self.quarantined
     }
 
     /// Granules that are mapped and hold nobody's tokens.
@@ -423,72 +420,87 @@ impl SlotTable {
 
     /// Puts back a piece that was taken out and not unmapped.
     ///
-    /// A new owner has not waited for its fences: to him it is as good as stuck, and is unmapped
+    /// A new owner has not waited for its fences: to him it is as good as quarantined, and is unmapped
     /// after them before he comes to need its addresses.
     pub(crate) fn restore(&mut self, spare: Spare) {
         let Spare { place, generation, piece, fences } = spare;
         if self.records[index(place.slot)].generation == generation {
             self.push(place, piece);
         } else {
-            self.add_stuck(place, piece);
+            self.quarantine(place, piece);
         }
-        // If it was the slot's last piece, the slot has forgotten what was to be waited for. What it has
-        // of the same stream is no older.
-        let kept = &mut self.records[index(place.slot)].fences;
-        for fence in fences {
-            let known = kept.iter().any(|other| {
-                Arc::ptr_eq(&other.event, &fence.event)
-                    || (fence.stream.is_some() && fence.stream == other.stream)
-            });
-            if known { self.trash.push(fence) } else { kept.push(fence) }
-        }
+        // If it was the slot's last piece, the slot has forgotten what was to be waited for.
+        self.add_fences(place.slot, fences);
         self.settle(place.slot);
     }
 
     /// Notes a piece that the driver would not let go of.
-    pub(crate) fn add_stuck(&mut self, place: Place, piece: Piece) {
-        self.stuck += piece.granules();
-        self.records[index(place.slot)].runs[place.tensor].stuck().push(piece);
-        self.count_memory();
+    pub(crate) fn quarantine(&mut self, place: Place, piece: Piece) {
+        let more = piece.granules();
+        self.records[index(place.slot)].runs[place.tensor].quarantined().push(piece);
+        self.set_quarantined(place.slot, |of_slot| of_slot + more);
     }
 
     /// Runs with pieces that the driver would not let go of.
-    pub(crate) fn stuck_places(&self) -> Vec<Place> {
-        if self.stuck.is_zero() {
+    pub(crate) fn quarantined_places(&self) -> Vec<Place> {
+        if self.quarantined.is_zero() {
             return Vec::new();
         }
         let of_slot = |(slot, record): (u32, &Record)| {
-            let stuck = |(_, run): &(usize, &Run)| !run.stuck_granules().is_zero();
+            let quarantined = |(_, run): &(usize, &Run)| !run.quarantined_granules().is_zero();
             let places =
-                record.runs.iter().enumerate().filter(stuck).map(|(tensor, _)| Place { slot, tensor });
+                record.runs.iter().enumerate().filter(quarantined).map(|(tensor, _)| Place { slot, tensor });
             places.collect::<Vec<_>>()
         };
         (0..).zip(&self.records).flat_map(of_slot).collect()
     }
 
     /// Takes the pieces of a run that the driver would not let go of, to try again.
-    pub(crate) fn take_stuck(&mut self, place: Place) -> Vec<Piece> {
+    pub(crate) fn take_quarantined(&mut self, place: Place) -> Vec<Piece> {
         let run = &mut self.records[index(place.slot)].runs[place.tensor];
-        self.stuck -= run.stuck_granules();
-        let stuck = std::mem::take(run.stuck());
+        let less = run.quarantined_granules();
+        let pieces = std::mem::take(run.quarantined());
+        self.set_quarantined(place.slot, |of_slot| of_slot - less);
+        pieces
+    }
+
+    fn set_quarantined(&mut self, slot: u32, change: impl FnOnce(Granules) -> Granules) {
+        let record = &mut self.records[index(slot)];
+        let before = record.quarantined;
+        record.quarantined = change(before);
+        self.quarantined = self.quarantined + record.quarantined - before;
+        if record.state == State::Empty {
+            self.empty.remove(&(!before.is_zero(), slot));
+            self.empty.insert((!record.quarantined.is_zero(), slot));
+        }
         self.count_memory();
-        stuck
     }
 
     /// Gives a slot to a new request: the parked one that fits best, or an empty one.
     ///
-    /// Returns it busy, with the fences that its earlier owner left.
-    pub(crate) fn acquire(&mut self, hint: TokenCount, short: bool) -> Result<SlotId> {
+    /// Returns it busy, and whether it has memory in it.
+    pub(crate) fn acquire(&mut self, hint: TokenCount, short: bool) -> Result<(SlotId, bool)> {
         let hint = self.layout.round_to_tile(hint.max(TokenCount::new(1)));
-        let wish = Wish::new(hint, &self.layout.tensors()[self.lead], self.terms[self.lead], short);
-        let score = |slot: u32| wish.score(&self.records[index(slot)].runs[self.lead]);
+        let wish = Wish::new(
+            hint,
+            self.layout.max_tokens(),
+            &self.layout.tensors()[self.lead],
+            self.terms[self.lead],
+            short,
+        );
+        // A slot whose way is blocked comes last: its first step has to clear it, and may fail again.
+        let score = |slot: u32| {
+            let record = &self.records[index(slot)];
+            (!record.quarantined.is_zero(), wish.score(&record.runs[self.lead]), slot)
+        };
         let above = self.by_room.range((hint, 0)..).take(CANDIDATES_ABOVE);
         let below = self.by_room.range(..(hint, 0)).rev().take(CANDIDATES_BELOW);
         let parked = above.chain(below).map(|(_, slot)| *slot);
-        let best = parked.chain(self.empty.first().copied()).map(|slot| (score(slot), slot)).min_by(
-            |(one, one_slot), (other, other_slot)| one.total_cmp(other).then(one_slot.cmp(other_slot)),
-        );
-        let Some((_, slot)) = best else {
+        let empty = self.empty.first().map(|(_, slot)| *slot);
+        let best = parked.chain(empty).map(score).min_by(|one, other| {
+            one.0.cmp(&other.0).then(one.1.total_cmp(&other.1)).then(one.2.cmp(&other.2))
+        });
+        let Some((.., slot)) = best else {
             return Err(Error::new(
                 ErrorKind::NoFreeSlot,
                 format!(
@@ -499,19 +511,17 @@ impl SlotTable {
         };
         let record = &mut self.records[index(slot)];
         let was = std::mem::replace(&mut record.state, State::Busy);
-        self.empty.remove(&slot);
+        self.empty.remove(&(!record.quarantined.is_zero(), slot));
         if was == State::Parked {
             self.by_room.remove(&(record.backed, slot));
-            self.counters.adopted.bump();
             self.counters.parked_slots.sub(1);
         }
         record.generation += 1;
         record.prompt = TokenCount::ZERO;
         let id = SlotId::new(slot, self.cache, record.generation);
         self.active += 1;
-        self.counters.acquired.bump();
         self.counters.active_slots.set(self.active);
-        Ok(id)
+        Ok((id, was == State::Parked))
     }
 
     /// The request is done: its extents stay mapped until somebody adopts or reclaims them.
@@ -590,13 +600,13 @@ impl SlotTable {
             } else {
                 record.state = State::Empty;
                 self.trash.append(&mut record.fences);
-                self.empty.insert(slot);
+                self.empty.insert((!record.quarantined.is_zero(), slot));
                 self.counters.parked_slots.sub(1);
             }
         } else if record.state == State::Empty && pieces {
             // A piece came back that could not be unmapped.
             record.state = State::Parked;
-            self.empty.remove(&slot);
+            self.empty.remove(&(!record.quarantined.is_zero(), slot));
             self.by_room.insert((backed, slot));
             self.counters.parked_slots.add(1);
         }
@@ -626,20 +636,14 @@ impl SlotTable {
     }
 
     fn add_fences(&mut self, slot: u32, fences: Vec<Fence>) {
-        let kept = &mut self.records[index(slot)].fences;
-        for fence in fences {
-            // A later event of the same stream says all that the earlier one did.
-            if fence.stream.is_some() {
-                self.trash.extend(kept.extract_if(.., |other| other.stream == fence.stream));
-            }
-            kept.push(fence);
-        }
+        let dropped = fence::add(&mut self.records[index(slot)].fences, fences);
+        self.trash.extend(dropped);
     }
 
     /// Forgets fences that have fired. The caller's references go to the trash, too: one of them may
     /// be the last, and events are destroyed where no lock is held.
     pub(crate) fn drop_fences(&mut self, slot: u32, fired: Vec<Fence>) {
-        let is_fired = |fence: &mut Fence| fired.iter().any(|other| Arc::ptr_eq(&fence.event, &other.event));
+        let is_fired = |fence: &mut Fence| fired.iter().any(|other| other.is(fence));
         self.trash.extend(self.records[index(slot)].fences.extract_if(.., is_fired));
         self.trash.extend(fired);
     }
@@ -663,74 +667,7 @@ impl SlotTable {
         let granule = self.layout.granule();
         self.counters.mapped.set(granule.to_bytes(self.frontier).get());
         self.counters.parked.set(granule.to_bytes(self.parked()).get());
-        self.counters.quarantined.set(granule.to_bytes(self.stuck).get());
-    }
-
-    /// Compares the totals and the orders with the records; returns all granules in runs.
-    pub(crate) fn audit(&self) -> Result<Granules, String> {
-        let (mut frontier, mut backed, mut stuck) = (Granules::ZERO, Granules::ZERO, Granules::ZERO);
-        let mut tokens = TokenCount::ZERO;
-        let (mut active, mut parked) = (0, 0);
-        for (slot, (record, hot)) in (0..).zip(self.records.iter().zip(&self.hot)) {
-            for (run, tensor) in record.runs.iter().zip(self.layout.tensors()) {
-                let listed: Granules = run.pieces().iter().map(Piece::granules).sum();
-                if listed != run.end() {
-                    return Err(format!("slot {slot}: pieces of {listed} granules end at {}", run.end()));
-                }
-                let need = tensor.granules(self.layout.round_to_tile(hot.tokens));
-                if run.frontier() < need {
-                    return Err(format!(
-                        "slot {slot}: {} granules are backed and {need} needed",
-                        run.frontier()
-                    ));
-                }
-                frontier += run.frontier();
-                backed += run.end();
-                stuck += run.stuck_granules();
-            }
-            tokens += hot.tokens;
-            let spare = record.runs.iter().any(|run| run.spare().is_some());
-            let pieces = record.runs.iter().any(|run| !run.pieces().is_empty());
-            if spare != self.by_age.contains(&(record.stamp, slot)) {
-                return Err(format!(
-                    "slot {slot}: spare memory is {spare}, and the order by age says otherwise"
-                ));
-            }
-            if (record.state == State::Parked) != self.by_room.contains(&(record.backed, slot)) {
-                return Err(format!(
-                    "slot {slot} is {:?}, and the order for adoption says otherwise",
-                    record.state
-                ));
-            }
-            if (record.state == State::Empty) != self.empty.contains(&slot) {
-                return Err(format!(
-                    "slot {slot} is {:?}, and the list of empty ones says otherwise",
-                    record.state
-                ));
-            }
-            match record.state {
-                State::Empty if pieces => return Err(format!("slot {slot} is empty and has memory")),
-                State::Parked if !pieces => return Err(format!("slot {slot} is parked and has no memory")),
-                State::Parked => parked += 1,
-                State::Active | State::Busy => active += 1,
-                State::Empty => {}
-            }
-        }
-        let listed = wide(self.by_room.len());
-        let totals = (frontier, backed, stuck, tokens, active, parked);
-        let counted = (self.frontier, self.backed, self.stuck, self.tokens, self.active, listed);
-        if totals != counted {
-            return Err(format!("the records add up to {totals:?}, the totals say {counted:?}"));
-        }
-        Ok(backed + stuck)
-    }
-
-    /// One slot's state, tokens and granules (needed, backed).
-    pub(crate) fn describe(&self, slot: u32) -> (State, TokenCount, Granules, Granules) {
-        let record = &self.records[index(slot)];
-        let needed = record.runs.iter().map(Run::frontier).sum();
-        let backed = record.runs.iter().map(Run::end).sum();
-        (record.state, self.hot[index(slot)].tokens, needed, backed)
+        self.counters.quarantined.set(granule.to_bytes(self.quarantined).get());
     }
 }
 

@@ -37,7 +37,8 @@ impl Snapshot {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct ByteCounts {
-    /// What the tokens of the slots in use fill, with no rounding at all: the packed floor.
+    /// What the tokens of the slots in use fill, with no rounding at all: the packed floor. The
+    /// tokens of the spare slot are among them.
     pub needed: Bytes,
     /// Extents of slots in use, up to the last one that holds a byte of their tokens.
     pub mapped: Bytes,
@@ -50,7 +51,7 @@ pub struct ByteCounts {
     pub quarantined: Bytes,
     /// All that was created and not released.
     pub held: Bytes,
-    /// What may be held at most.
+    /// What may be held at most, in whole granules.
     pub budget: Bytes,
 }
 
@@ -62,7 +63,7 @@ pub struct SlotCounts {
     pub active: u64,
     /// Slots that nobody has and that still have memory.
     pub parked: u64,
-    /// Slots in all.
+    /// Slots that requests can have.
     pub max: u64,
 }
 

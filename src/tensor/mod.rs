@@ -12,7 +12,7 @@
 //! - a run's pieces lie side by side from the slot's start: what is backed is always a prefix;
 //! - a piece is one whole extent, mapped once;
 //! - what the driver would not let go of lies behind the pieces and is tried again before anything
-//!   is mapped there ([`Run::stuck`]).
+//!   is mapped there ([`Run::quarantined`]).
 //!
 //! Runs are part of a slot's record, behind the lock of rank 1. Mapping and unmapping are done with
 //! no lock held, on pieces that are in no run at the time.
@@ -45,14 +45,14 @@ impl Tensor {
     }
 
     /// Maps an extent into a slot's part, from granule `at` on.
-    pub(crate) fn map(&self, slot: u32, at: Granules, extent: Extent) -> Result<Piece, Stuck> {
+    pub(crate) fn map(&self, slot: u32, at: Granules, extent: Extent) -> Result<Piece, Refused> {
         let offset = self.layout.slot_offset(slot) + self.granule.to_bytes(at);
         match self.reservation.map(offset, extent.memory()) {
             Ok(mapping) => Ok(Piece { end: at + extent.class().granules(), extent, mapping }),
-            Err(MapError { error, stuck: None }) => Err(Stuck { error, extent: Some(extent), piece: None }),
+            Err(MapError { error, stuck: None }) => Err(Refused { error, extent: Some(extent), piece: None }),
             Err(MapError { error, stuck: Some(mapping) }) => {
                 let piece = Piece { end: at + extent.class().granules(), extent, mapping };
-                Err(Stuck { error, extent: None, piece: Some(piece) })
+                Err(Refused { error, extent: None, piece: Some(piece) })
             }
         }
     }
@@ -60,7 +60,7 @@ impl Tensor {
 
 /// Why an extent was not mapped or not unmapped, and where it is now.
 #[derive(Debug)]
-pub(crate) struct Stuck {
+pub(crate) struct Refused {
     pub(crate) error: Error,
     /// The extent, where it is mapped nowhere.
     pub(crate) extent: Option<Extent>,
@@ -92,12 +92,12 @@ impl Piece {
     }
 
     /// Takes the extent from behind the addresses. Nobody may use them any more.
-    pub(crate) fn unmap(self) -> Result<Extent, Stuck> {
+    pub(crate) fn unmap(self) -> Result<Extent, Refused> {
         let Self { end, extent, mapping } = self;
         match mapping.unmap() {
             Ok(()) => Ok(extent),
             Err((mapping, error)) => {
-                Err(Stuck { error, extent: None, piece: Some(Self { end, extent, mapping }) })
+                Err(Refused { error, extent: None, piece: Some(Self { end, extent, mapping }) })
             }
         }
     }
@@ -109,7 +109,7 @@ pub(crate) struct Run {
     pieces: Vec<Piece>,
     /// How many pieces, from the start, hold a byte of the owner's tokens.
     needed: usize,
-    stuck: Vec<Piece>,
+    quarantined: Vec<Piece>,
 }
 
 impl Run {
@@ -171,12 +171,12 @@ impl Run {
     }
 
     /// What lies behind the pieces because the driver would not let go of it.
-    pub(crate) fn stuck(&mut self) -> &mut Vec<Piece> {
-        &mut self.stuck
+    pub(crate) fn quarantined(&mut self) -> &mut Vec<Piece> {
+        &mut self.quarantined
     }
 
     /// Granules of what the driver would not let go of.
-    pub(crate) fn stuck_granules(&self) -> Granules {
-        self.stuck.iter().map(Piece::granules).sum()
+    pub(crate) fn quarantined_granules(&self) -> Granules {
+        self.quarantined.iter().map(Piece::granules).sum()
     }
 }

@@ -1,0 +1,74 @@
+//! The slot table's books, compared with one another and described.
+
+use crate::slot::{SlotTable, State};
+use crate::tensor::{Piece, Run};
+use crate::units::{Granules, TokenCount, index, wide};
+
+impl SlotTable {
+    /// Compares the totals and the orders with the records; returns all granules in runs.
+    pub(crate) fn audit(&self) -> Result<Granules, String> {
+        let (mut frontier, mut backed, mut quarantined) = (Granules::ZERO, Granules::ZERO, Granules::ZERO);
+        let mut tokens = TokenCount::ZERO;
+        let (mut active, mut parked) = (0, 0);
+        for (slot, (record, hot)) in (0..).zip(self.records.iter().zip(&self.hot)) {
+            for (run, tensor) in record.runs.iter().zip(self.layout.tensors()) {
+                let listed: Granules = run.pieces().iter().map(Piece::granules).sum();
+                if listed != run.end() {
+                    return Err(format!("slot {slot}: pieces of {listed} granules end at {}", run.end()));
+                }
+                let need = tensor.granules(self.layout.round_to_tile(hot.tokens));
+                if run.frontier() < need {
+                    return Err(format!(
+                        "slot {slot}: {} granules are backed and {need} needed",
+                        run.frontier()
+                    ));
+                }
+                frontier += run.frontier();
+                backed += run.end();
+                quarantined += run.quarantined_granules();
+            }
+            tokens += hot.tokens;
+            let spare = record.runs.iter().any(|run| run.spare().is_some());
+            let pieces = record.runs.iter().any(|run| !run.pieces().is_empty());
+            if spare != self.by_age.contains(&(record.stamp, slot)) {
+                return Err(format!(
+                    "slot {slot}: spare memory is {spare}, and the order by age says otherwise"
+                ));
+            }
+            if (record.state == State::Parked) != self.by_room.contains(&(record.backed, slot)) {
+                return Err(format!(
+                    "slot {slot} is {:?}, and the order for adoption says otherwise",
+                    record.state
+                ));
+            }
+            if (record.state == State::Empty) != self.empty.contains(&(!record.quarantined.is_zero(), slot)) {
+                return Err(format!(
+                    "slot {slot} is {:?}, and the list of empty ones says otherwise",
+                    record.state
+                ));
+            }
+            match record.state {
+                State::Empty if pieces => return Err(format!("slot {slot} is empty and has memory")),
+                State::Parked if !pieces => return Err(format!("slot {slot} is parked and has no memory")),
+                State::Parked => parked += 1,
+                State::Active | State::Busy => active += u64::from(self.spare != Some(slot)),
+                State::Empty => {}
+            }
+        }
+        let listed = wide(self.by_room.len());
+        let totals = (frontier, backed, quarantined, tokens, active, parked);
+        let counted = (self.frontier, self.backed, self.quarantined, self.tokens, self.active, listed);
+        if totals != counted {
+            return Err(format!("the records add up to {totals:?}, the totals say {counted:?}"));
+        }
+        Ok(backed + quarantined)
+    }
+
+    /// One slot's state, tokens and granules: mapped for them, backed in all, quarantined.
+    pub(crate) fn describe(&self, slot: u32) -> (State, TokenCount, [Granules; 3]) {
+        let record = &self.records[index(slot)];
+        let mapped = record.runs.iter().map(Run::frontier).sum();
+        let backed = record.runs.iter().map(Run::end).sum();
+        (record.state, self.hot[index(slot)].tokens, [mapped, backed, record.quarantined])
+    }
+}
