@@ -141,6 +141,7 @@ fn a_table_has_a_column_for_each_policy() {
         text.lines().find(|line| line.contains("paged")).unwrap().split_whitespace().collect();
     assert_eq!(header, ["paged", "static"]);
     assert!(text.contains("requests completed"), "{text}");
+    assert!(text.contains("generated: 2,000 requests, of which the first 50 are served; Poisson"), "{text}");
 }
 
 #[test]

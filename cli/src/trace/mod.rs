@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub(crate) use generated::{DESCRIPTION, generate};
+pub(crate) use generated::{description, generate};
 
 /// One request of a trace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
