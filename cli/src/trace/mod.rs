@@ -194,7 +194,7 @@ fn columns<const N: usize>(
     for (line, text) in lines {
         let found: Vec<&str> = fields(&text).collect();
         if found.len() != header.len() {
-            let expected = format!("{} fields ({})", header.len(), header.join(","));
+            let expected = format!("{} fields ({})", header.len(), shorten(&header.join(",")));
             return Err(Problem::Line(line, Wrong::new(expected, format!("{}: '{text}'", found.len()))));
         }
         let values = places.map(|place| found[place]);
@@ -225,11 +225,22 @@ const MOST_TOKENS: u64 = 1 << 40;
 /// far below the 584 years at which the server's clock ends.
 const MOST_TIME: u64 = 10 * 365 * 24 * 3600 * 1_000_000_000;
 
+/// The first 100 characters, fit for a terminal: what would not print (control characters above all,
+/// which terminals obey) is written as its escape.
 fn shorten(text: &str) -> String {
-    match text.char_indices().nth(100) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.into(),
+    let mut short = String::new();
+    for (index, character) in text.chars().enumerate() {
+        if index == 100 {
+            short.push('…');
+            break;
+        }
+        match character {
+            // Escaping these would only make readable text harder to read.
+            '\'' | '"' => short.push(character),
+            _ => short.extend(character.escape_debug()),
+        }
     }
+    short
 }
 
 #[cfg(test)]
@@ -324,5 +335,18 @@ mod tests {
     fn other_files_are_refused() {
         assert_eq!(parse(b"a,b\n1,2\n"), Err(Problem::Unknown("'a,b'".into())));
         assert_eq!(parse(b"\n \n"), Ok(vec![]));
+    }
+
+    #[test]
+    fn what_is_found_is_shown_without_its_control_characters() {
+        let shown = "'\\u{1b}[2J\\u{7}a\\u{9b}\\u{202e}\\0\u{fffd}é it's \"b\"'";
+        let found = "\u{1b}[2J\u{7}a\u{9b}\u{202e}\0".bytes().chain([0xff]).chain("é it's \"b\"".bytes());
+        assert_eq!(parse(&found.collect::<Vec<u8>>()), Err(Problem::Unknown(shown.into())));
+        assert_eq!(shorten(&"\u{1b}".repeat(101)), "\\u{1b}".repeat(100) + "…");
+        let text = "num_prefill_tokens,num_decode_tokens,\u{1b}]0;t\u{7}\n1,2\u{1b}c\n";
+        let (_, error) = wrong(text);
+        assert!(!format!("{}{}", error.expected, error.found).contains(char::is_control), "{error:?}");
+        let (_, error) = wrong("{\"timestamp\":\"\u{9b}2J\"}\n");
+        assert!(!error.found.contains(char::is_control), "{error:?}");
     }
 }
