@@ -151,7 +151,12 @@ fn bad_arguments_are_code_2() {
         (vec!["replay", "--max-slots", "0"], "0 is not in 1.."),
         (vec!["replay", "--step-ms", "0"], "is not a time"),
         (vec!["replay", "--policy", "best"], "possible values: vattn, vattention"),
-        (vec!["replay", "--granule", "3MiB", "--policy", "paged"], "not a power of two"),
+        (vec!["replay", "--granule", "3MiB", "--policy", "paged"], "--granule is 3 MiB; a power of two"),
+        (vec!["replay", "--granule", "0"], "--granule is 0 bytes; a power of two of at least 1 byte"),
+        (
+            vec!["replay", "--budget", "0"],
+            "--budget is 0 bytes; a granule of 2 MiB for each of the layout's tensors (2), 4 MiB in all, is the least",
+        ),
         (
             vec!["replay", "--policy", "vattention", "--budget", "2MiB"],
             "budget of 2 MiB is below one granule",
