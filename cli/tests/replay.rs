@@ -161,6 +161,18 @@ fn bad_arguments_are_code_2() {
             vec!["replay", "--policy", "vattention", "--budget", "2MiB"],
             "budget of 2 MiB is below one granule",
         ),
+        (
+            vec!["replay", "--policy", "vattention", "--budget", "1000TiB", "--device", "ledger"],
+            "524288000 handles of one granule of 2 MiB, above the limit of 16777216; lower the budget",
+        ),
+        (
+            vec!["replay", "--max-slots", "1048576", "--max-tokens", "100000000", "--device", "ledger"],
+            "use fewer slots or fewer tokens",
+        ),
+        (
+            vec!["replay", "--max-slots", "1048576", "--max-tokens", "100000000"],
+            "use fewer slots or fewer tokens a slot",
+        ),
         (vec!["replay", "--model", "no-such-model", "--policy", "paged"], "no-such-model"),
         (vec!["replay", "--layout", "round", "--policy", "paged"], "round"),
         (vec!["replay", "--trace", "/no/such/file", "--policy", "paged"], "/no/such/file: No such file"),
