@@ -304,6 +304,47 @@ fn neighbours_with_another_access_are_mappings_of_their_own() {
     // Given back by dropping the driver.
 }
 
+/// The limit is a whole process's, so the test starts itself again and the child lowers its own.
+#[test]
+fn a_limit_on_the_length_of_files_is_an_error_and_no_signal() {
+    const CHILD: &str = "VATTN_TEST_FILE_LIMIT";
+    if std::env::var_os(CHILD).is_none() {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_limit_on_the_length_of_files_is_an_error_and_no_signal"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && text.contains("1 passed"), "{}: {text}", child.status);
+        return;
+    }
+    let limit = |bytes: Option<Bytes>| {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: both calls are handed one `rlimit`. Only the soft limit changes, of this process alone.
+        unsafe {
+            assert_eq!(libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit), 0);
+            limit.rlim_cur = bytes.map_or(limit.rlim_max, Bytes::get);
+            assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit), 0);
+        }
+    };
+    let host = host();
+    limit(Some(GRANULE * 4));
+    let handle = host.create(GRANULE * 4).unwrap();
+    let before = (host.live(), host.memory_info().unwrap());
+    let error = host.create(GRANULE).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("EFBIG") && text.contains("raise `ulimit -f`"), "{text}");
+    assert_eq!((host.live(), host.memory_info().unwrap()), before);
+    // What comes back is within the limit.
+    release(&host, handle);
+    let handle = host.create(GRANULE * 4).unwrap();
+    limit(None);
+    let other = host.create(GRANULE).unwrap();
+    release(&host, handle);
+    release(&host, other);
+    assert_eq!(host.live(), Live::default());
+}
+
 mod random {
     use proptest::prelude::*;
 

@@ -23,7 +23,7 @@ pub use paged::Paged;
 pub use policy::{Policy, RequestId, Usage};
 pub use shape::{Shape, TensorShape};
 pub use static_slots::StaticSlots;
-pub use vattention::{Mapping, Vattention};
+pub use vattention::{MOST_HANDLES, Mapping, Vattention};
 
 /// A length as `u64`.
 pub(crate) fn wide(len: usize) -> u64 {

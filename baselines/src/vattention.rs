@@ -44,6 +44,10 @@ use crate::{narrow, wide};
 const AHEAD_TOKENS: u64 = 9;
 const AHEAD_BLOCKS: u64 = 2;
 
+/// How many handles are created at most, all of them up front: 32 TiB of 2 MiB each, and already
+/// gigabytes of books.
+pub const MOST_HANDLES: u64 = 1 << 24;
+
 /// When pages are mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Mapping {
@@ -129,7 +133,7 @@ impl Vattention {
     ///
     /// # Errors
     /// The driver's; [`InvalidConfig`](ErrorKind::InvalidConfig) for a budget below one granule a
-    /// tensor.
+    /// tensor or of more than [`MOST_HANDLES`] granules.
     pub fn new(driver: &DriverHandle, shape: &Shape, mapping: Mapping) -> Result<Self> {
         let granule = driver.info().granule;
         let tensors = wide(shape.tensors().len());
@@ -140,6 +144,18 @@ impl Vattention {
                 format!(
                     "a budget of {} is below one granule of {} for each of {tensors} tensors; raise it",
                     shape.budget(),
+                    granule.bytes()
+                ),
+            ));
+        }
+        if capacity * tensors > MOST_HANDLES {
+            return Err(Error::new(
+                ErrorKind::InvalidConfig,
+                format!(
+                    "a budget of {} is {} handles of one granule of {}, above the limit of {MOST_HANDLES}; lower \
+                     the budget or use a larger granule",
+                    shape.budget(),
+                    capacity * tensors,
                     granule.bytes()
                 ),
             ));
@@ -612,5 +628,16 @@ mod tests {
             Vattention::new(&driver, &sliced(4, 64, Bytes::mib(3)), Mapping::Synchronous).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidConfig);
         assert!(is_empty(&books));
+    }
+
+    #[test]
+    fn a_budget_of_too_many_handles_is_refused_before_any_is_made() {
+        let (driver, books) = driver();
+        let error = Vattention::new(&driver, &sliced(4, 64, Bytes::gib(1000 << 10)), Mapping::Synchronous)
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidConfig);
+        let text = error.to_string();
+        assert!(text.contains("524288000 handles") && text.contains("limit of 16777216"), "{text}");
+        assert_eq!(calls(&books, Verb::Create) + calls(&books, Verb::Reserve), 0);
     }
 }

@@ -33,7 +33,8 @@ use vattn::ErrorKind;
 const EXIT_CODES: &str = "Exit codes:
   0  it worked
   1  it failed on the way (memory, the driver, a defect)
-  2  a wrong argument or bad input: the message names value, limit and cure
+  2  a wrong argument or bad input: the message names value, limit and cure;
+     more addresses than there are, too, since slots and tokens ask for them
   3  it worked, and memory, mappings or addresses leaked";
 
 /// A KV cache for LLM servers: contiguous in virtual memory, physical memory on demand.
@@ -67,9 +68,11 @@ pub(crate) enum Failure {
 impl From<vattn::Error> for Failure {
     fn from(error: vattn::Error) -> Self {
         match error.kind() {
-            ErrorKind::InvalidGeometry | ErrorKind::InvalidConfig | ErrorKind::InvalidArgument => {
-                Self::Input(error.report())
-            }
+            ErrorKind::InvalidGeometry
+            | ErrorKind::InvalidConfig
+            | ErrorKind::InvalidArgument
+            // How many addresses are reserved follows from the arguments alone, before anything is served.
+            | ErrorKind::OutOfAddressSpace => Self::Input(error.report()),
             _ => Self::Run(error),
         }
     }

@@ -8,6 +8,8 @@ use vattn::units::{Bytes, Device, GranuleSize, TokenCount};
 use vattn::{Error, ErrorKind, Result};
 use vattn_baselines::{Shape, TensorShape};
 
+use crate::num::wide;
+
 /// What was asked for.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted<'a> {
@@ -42,19 +44,36 @@ pub(crate) fn plan(wanted: &Wanted<'_>) -> Result<Plan> {
         .max_slots(wanted.max_slots)
         .max_tokens(wanted.max_tokens)
         .tile_tokens(wanted.tile_tokens)
-        .budget(wanted.budget)
+        // A cache refuses 0, with a cure that the command line does not have. What is asked for instead
+        // depends on the layout, so that is planned first.
+        .budget(wanted.budget.max(Bytes::new(1)))
         .build()?;
     let granule = GranuleSize::new(wanted.granule).ok_or_else(|| {
         Error::new(
             ErrorKind::InvalidConfig,
-            format!("a granule of {} is not a power of two; 2 MiB is what CUDA has", wanted.granule),
+            format!(
+                "--granule is {}; a power of two of at least 1 byte is needed: use 2MiB, which CUDA has",
+                wanted.granule
+            ),
         )
     })?;
-    let tensors = Layout::new(&config, granule, Device::Cpu)?
+    let tensors: Vec<_> = Layout::new(&config, granule, Device::Cpu)?
         .tensors()
         .iter()
         .map(|tensor| TensorShape { row: tensor.row(), stride: tensor.slot_stride() })
         .collect();
+    if wanted.budget.is_zero() {
+        let count = wide(tensors.len());
+        return Err(Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "--budget is 0 bytes; a granule of {} for each of the layout's tensors ({count}), {} in all, is \
+                 the least: give --budget that or more, or leave it out",
+                granule.bytes(),
+                granule.bytes() * count
+            ),
+        ));
+    }
     let tile = TokenCount::new(wanted.tile_tokens.into());
     let shape = Shape::new(tensors, wanted.max_slots, wanted.max_tokens, tile, wanted.budget)?;
     Ok(Plan { model, config, shape })

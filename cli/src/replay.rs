@@ -16,7 +16,7 @@ use crate::policy::PolicyKind;
 use crate::report::{self, Report};
 use crate::server::{Settings, serve};
 use crate::size;
-use crate::trace::{self, DESCRIPTION, Trace};
+use crate::trace::{self, Trace, description};
 
 /// How the result is shown.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -39,7 +39,8 @@ const MODEL_OF_THE_SERVER: &str = "The server: an iteration lasts --step-ms. In 
 pub(crate) fn long_about() -> String {
     format!(
         "Serve a trace of requests from a KV cache and report what its memory did.\n\n\
-         Without --trace, requests are generated: {DESCRIPTION}.\n\n{MODEL_OF_THE_SERVER}"
+         Without --trace, requests are generated: {}.\n\n{MODEL_OF_THE_SERVER}",
+        description(None)
     )
 }
 
@@ -156,8 +157,9 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
         reports.push(report);
     }
     if args.format == Format::Text {
-        let source = if args.trace.is_none() { Some(DESCRIPTION) } else { None };
-        out.write_all(report::text(&reports, args.budget, source).as_bytes()).map_err(Failure::Output)?;
+        let source = args.trace.is_none().then(|| description(Some(trace.requests.len())));
+        out.write_all(report::text(&reports, args.budget, source.as_deref()).as_bytes())
+            .map_err(Failure::Output)?;
     }
     out.flush().map_err(Failure::Output)?;
     let leaks: Vec<String> = reports.iter().filter_map(Report::leak).collect();

@@ -231,7 +231,7 @@ fn micros(nanoseconds: u64) -> String {
 }
 
 /// With commas between thousands.
-fn count(number: u64) -> String {
+pub(crate) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (index, digit) in digits.chars().enumerate() {

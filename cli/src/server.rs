@@ -141,7 +141,7 @@ pub(crate) fn serve(
         // Everything that had arrived may have been rejected.
         if !server.active.is_empty() {
             server.iterate()?;
-            now += settings.step;
+            now = now.checked_add(settings.step).ok_or_else(|| server.too_long())?;
         }
         let ended = server.outcome.completed + server.outcome.rejected;
         if ended != done {
@@ -268,6 +268,18 @@ impl Server<'_> {
                 "policy {} said that it can hold request {id} and has no room for its {tokens} tokens, \
                  with nobody else admitted",
                 self.policy.name()
+            ),
+        )
+    }
+
+    #[cold]
+    fn too_long(&self) -> Error {
+        Error::new(
+            ErrorKind::InvalidArgument,
+            format!(
+                "{} iterations of {} ms take longer than the clock's 584 years; use a shorter --step-ms",
+                self.outcome.iterations,
+                float(self.settings.step) / 1e6
             ),
         )
     }

@@ -141,6 +141,7 @@ fn a_table_has_a_column_for_each_policy() {
         text.lines().find(|line| line.contains("paged")).unwrap().split_whitespace().collect();
     assert_eq!(header, ["paged", "static"]);
     assert!(text.contains("requests completed"), "{text}");
+    assert!(text.contains("generated: 2,000 requests, of which the first 50 are served; Poisson"), "{text}");
 }
 
 #[test]
@@ -150,10 +151,27 @@ fn bad_arguments_are_code_2() {
         (vec!["replay", "--max-slots", "0"], "0 is not in 1.."),
         (vec!["replay", "--step-ms", "0"], "is not a time"),
         (vec!["replay", "--policy", "best"], "possible values: vattn, vattention"),
-        (vec!["replay", "--granule", "3MiB", "--policy", "paged"], "not a power of two"),
+        (vec!["replay", "--granule", "3MiB", "--policy", "paged"], "--granule is 3 MiB; a power of two"),
+        (vec!["replay", "--granule", "0"], "--granule is 0 bytes; a power of two of at least 1 byte"),
+        (
+            vec!["replay", "--budget", "0"],
+            "--budget is 0 bytes; a granule of 2 MiB for each of the layout's tensors (2), 4 MiB in all, is the least",
+        ),
         (
             vec!["replay", "--policy", "vattention", "--budget", "2MiB"],
             "budget of 2 MiB is below one granule",
+        ),
+        (
+            vec!["replay", "--policy", "vattention", "--budget", "1000TiB", "--device", "ledger"],
+            "524288000 handles of one granule of 2 MiB, above the limit of 16777216; lower the budget",
+        ),
+        (
+            vec!["replay", "--max-slots", "1048576", "--max-tokens", "100000000", "--device", "ledger"],
+            "use fewer slots or fewer tokens",
+        ),
+        (
+            vec!["replay", "--max-slots", "1048576", "--max-tokens", "100000000"],
+            "use fewer slots or fewer tokens a slot",
         ),
         (vec!["replay", "--model", "no-such-model", "--policy", "paged"], "no-such-model"),
         (vec!["replay", "--layout", "round", "--policy", "paged"], "round"),

@@ -256,6 +256,17 @@ fn time_jumps_when_nobody_is_there() {
 }
 
 #[test]
+fn a_clock_that_ends_is_an_error() {
+    let settings = Settings { step: u64::MAX / 3, ..SETTINGS };
+    let error = serve(&mut Ideal::logged(100, 9), &[request(0, 1, 9)], settings, &mut |_| {}).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert!(
+        error.report().starts_with("4 iterations of ") && error.report().contains("--step-ms"),
+        "{error}"
+    );
+}
+
+#[test]
 fn what_can_never_be_held_is_rejected() {
     let requests = [request(0, 99, 2), request(0, 10, 1), request(0, 5, 5), request(500, 11, 0)];
     let (outcome, log) = run(Ideal::logged(10, 9), &requests);

@@ -9,7 +9,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Exp, LogNormal};
 
-use crate::num::whole;
+use crate::num::{whole, wide};
+use crate::report::count;
 use crate::trace::{Request, Trace};
 
 /// How many requests are made.
@@ -20,10 +21,19 @@ const RATE: f64 = 7.0;
 const PROMPT: (f64, f64, u64, u64) = (4_096.0, 1.1, 16, 65_536);
 const OUTPUT: (f64, f64, u64, u64) = (256.0, 0.9, 1, 4_096);
 
-/// The distributions, for people.
-pub(crate) const DESCRIPTION: &str = "2,000 requests; Poisson arrivals at 7 a second; prompts log-normal, \
-    median 4,096 tokens, sigma 1.1, from 16 to 65,536; outputs log-normal, median 256 tokens, sigma 0.9, \
-    from 1 to 4,096";
+const DISTRIBUTIONS: &str = "Poisson arrivals at 7 a second; prompts log-normal, median 4,096 tokens, \
+    sigma 1.1, from 16 to 65,536; outputs log-normal, median 256 tokens, sigma 0.9, from 1 to 4,096";
+
+/// How many requests there are and how they are distributed, for people. Says so where only the first
+/// few of them are `served`.
+pub(crate) fn description(served: Option<usize>) -> String {
+    let part = match served {
+        Some(1) => ", of which the first is served".into(),
+        Some(few) if few < REQUESTS => format!(", of which the first {} are served", count(wide(few))),
+        _ => String::new(),
+    };
+    format!("{} requests{part}; {DISTRIBUTIONS}", count(wide(REQUESTS)))
+}
 
 /// The same requests for the same seed.
 pub(crate) fn generate(seed: u64) -> Trace {
@@ -50,6 +60,15 @@ pub(crate) fn generate(seed: u64) -> Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_description_says_how_many_are_served() {
+        let starts = |served, start| assert!(description(served).starts_with(start), "{served:?}: {start}");
+        starts(None, "2,000 requests; Poisson");
+        starts(Some(REQUESTS), "2,000 requests; Poisson");
+        starts(Some(1_999), "2,000 requests, of which the first 1,999 are served; Poisson");
+        starts(Some(1), "2,000 requests, of which the first is served; Poisson");
+    }
 
     #[test]
     fn a_seed_makes_one_trace_with_the_stated_medians() {

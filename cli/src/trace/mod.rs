@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub(crate) use generated::{DESCRIPTION, generate};
+pub(crate) use generated::{description, generate};
 
 /// One request of a trace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -130,17 +130,42 @@ enum Problem {
 fn parse(bytes: &[u8]) -> Result<Vec<Request>, Problem> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let Some((_, header)) = lines(bytes).next() else { return Ok(Vec::new()) };
-    if header.starts_with('{') {
-        return mooncake::parse(bytes);
-    }
     let names: Vec<&str> = fields(&header).collect();
-    if azure::COLUMNS.iter().all(|column| names.contains(column)) {
-        return columns(bytes, azure::COLUMNS, azure::request);
+    let requests = if header.starts_with('{') {
+        mooncake::parse(bytes)?
+    } else if azure::COLUMNS.iter().all(|column| names.contains(column)) {
+        columns(bytes, azure::COLUMNS, azure::request)?
+    } else if vattention::COLUMNS.iter().all(|column| names.contains(column)) {
+        columns(bytes, vattention::COLUMNS, vattention::request)?
+    } else {
+        return Err(Problem::Unknown(format!("'{}'", shorten(&header))));
+    };
+    check_times(&requests)?;
+    Ok(requests.into_iter().map(|(_, request)| request).collect())
+}
+
+/// Refuses a time that is too long after the earliest one.
+fn check_times(requests: &[(u64, Request)]) -> Result<(), Problem> {
+    let Some((first, earliest)) = requests.iter().min_by_key(|(_, request)| request.arrival) else {
+        return Ok(());
+    };
+    for (line, request) in requests {
+        let after = request.arrival - earliest.arrival;
+        if after > MOST_TIME {
+            let second = 1_000_000_000;
+            return Err(Problem::Line(
+                *line,
+                Wrong::new(
+                    format!(
+                        "a time at most 10 years ({} s) after the earliest, which is on line {first}",
+                        MOST_TIME / second
+                    ),
+                    format!("one {} s after it", after.div_ceil(second)),
+                ),
+            ));
+        }
     }
-    if vattention::COLUMNS.iter().all(|column| names.contains(column)) {
-        return columns(bytes, vattention::COLUMNS, vattention::request);
-    }
-    Err(Problem::Unknown(format!("'{}'", shorten(&header))))
+    Ok(())
 }
 
 /// The lines that are not blank, with their numbers from 1 and no space around.
@@ -159,7 +184,7 @@ fn columns<const N: usize>(
     bytes: &[u8],
     wanted: [&str; N],
     request: impl Fn([&str; N]) -> Result<Request, Wrong>,
-) -> Result<Vec<Request>, Problem> {
+) -> Result<Vec<(u64, Request)>, Problem> {
     let mut lines = lines(bytes);
     let (_, header) = lines.next().expect("the caller read it");
     let header: Vec<&str> = fields(&header).collect();
@@ -169,11 +194,11 @@ fn columns<const N: usize>(
     for (line, text) in lines {
         let found: Vec<&str> = fields(&text).collect();
         if found.len() != header.len() {
-            let expected = format!("{} fields ({})", header.len(), header.join(","));
+            let expected = format!("{} fields ({})", header.len(), shorten(&header.join(",")));
             return Err(Problem::Line(line, Wrong::new(expected, format!("{}: '{text}'", found.len()))));
         }
         let values = places.map(|place| found[place]);
-        requests.push(request(values).map_err(|wrong| Problem::Line(line, wrong))?);
+        requests.push((line, request(values).map_err(|wrong| Problem::Line(line, wrong))?));
     }
     Ok(requests)
 }
@@ -196,11 +221,26 @@ fn tokens(column: &str, text: &str, least: u64) -> Result<u64, Wrong> {
 /// More than any model reads; keeps sums far from 2^64.
 const MOST_TOKENS: u64 = 1 << 40;
 
+/// Nanoseconds from the first arrival to the last, 10 years of 365 days: more than any trace has, and
+/// far below the 584 years at which the server's clock ends.
+const MOST_TIME: u64 = 10 * 365 * 24 * 3600 * 1_000_000_000;
+
+/// The first 100 characters, fit for a terminal: what would not print (control characters above all,
+/// which terminals obey) is written as its escape.
 fn shorten(text: &str) -> String {
-    match text.char_indices().nth(100) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.into(),
+    let mut short = String::new();
+    for (index, character) in text.chars().enumerate() {
+        if index == 100 {
+            short.push('…');
+            break;
+        }
+        match character {
+            // Escaping these would only make readable text harder to read.
+            '\'' | '"' => short.push(character),
+            _ => short.extend(character.escape_debug()),
+        }
     }
+    short
 }
 
 #[cfg(test)]
@@ -264,8 +304,49 @@ mod tests {
     }
 
     #[test]
+    fn times_are_at_most_ten_years_apart() {
+        let mooncake = |milliseconds: &str| {
+            format!("{{\"timestamp\":{milliseconds},\"input_length\":1,\"output_length\":1}}\n")
+        };
+        let (ten_years, far) = ("315360000005", "18446744073709");
+        let text = mooncake(far) + &mooncake("5");
+        let (line, error) = wrong(&text);
+        let limit = "a time at most 10 years (315360000 s) after the earliest, which is on line";
+        assert_eq!((line, error.expected), (1, format!("{limit} 2")));
+        assert_eq!(error.found, "one 18446744074 s after it");
+        assert_eq!(parse((mooncake("5") + &mooncake(ten_years)).as_bytes()).unwrap().len(), 2);
+        assert_eq!(wrong(&(mooncake("4.5") + &mooncake(ten_years))).0, 2);
+        assert_eq!(parse(mooncake(far).as_bytes()).unwrap().len(), 1, "the first is when it all begins");
+        for beyond in ["18446744073710", "18446744073709551615", "1e300", "-1"] {
+            let (line, error) = wrong(&mooncake(beyond));
+            assert_eq!((line, error.expected.ends_with("from 0 to 18446744073709")), (1, true), "{error:?}");
+        }
+
+        let azure = |last: &str| {
+            format!("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1,2\n{last} 18:15:46,1,2\n")
+        };
+        assert_eq!(parse(azure("2033-11-13").as_bytes()).unwrap().len(), 2);
+        let (line, error) = wrong(&azure("2033-11-14"));
+        assert_eq!((line, error.expected), (3, format!("{limit} 2")));
+        assert_eq!(error.found, "one 315446400 s after it");
+    }
+
+    #[test]
     fn other_files_are_refused() {
         assert_eq!(parse(b"a,b\n1,2\n"), Err(Problem::Unknown("'a,b'".into())));
         assert_eq!(parse(b"\n \n"), Ok(vec![]));
+    }
+
+    #[test]
+    fn what_is_found_is_shown_without_its_control_characters() {
+        let shown = "'\\u{1b}[2J\\u{7}a\\u{9b}\\u{202e}\\0\u{fffd}é it's \"b\"'";
+        let found = "\u{1b}[2J\u{7}a\u{9b}\u{202e}\0".bytes().chain([0xff]).chain("é it's \"b\"".bytes());
+        assert_eq!(parse(&found.collect::<Vec<u8>>()), Err(Problem::Unknown(shown.into())));
+        assert_eq!(shorten(&"\u{1b}".repeat(101)), "\\u{1b}".repeat(100) + "…");
+        let text = "num_prefill_tokens,num_decode_tokens,\u{1b}]0;t\u{7}\n1,2\u{1b}c\n";
+        let (_, error) = wrong(text);
+        assert!(!format!("{}{}", error.expected, error.found).contains(char::is_control), "{error:?}");
+        let (_, error) = wrong("{\"timestamp\":\"\u{9b}2J\"}\n");
+        assert!(!error.found.contains(char::is_control), "{error:?}");
     }
 }

@@ -78,6 +78,15 @@ pub(super) fn page_size() -> Bytes {
     Bytes::new(u64::try_from(size).unwrap_or(4096))
 }
 
+/// How long `ulimit -f` lets a file of this process become.
+fn longest_file() -> Result<u64, Errno> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to one `rlimit`, which the call fills.
+    ok(unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) })?;
+    // No limit is the largest number.
+    Ok(limit.rlim_cur)
+}
+
 /// The file whose space is the physical memory.
 #[derive(Debug)]
 pub(super) struct File(OwnedFd);
@@ -95,6 +104,10 @@ impl File {
 
     /// Makes the file that long.
     pub(super) fn set_len(&self, len: u64) -> Result<(), Errno> {
+        // Past this limit the kernel sends SIGXFSZ, which ends the process before anybody sees EFBIG.
+        if len > longest_file()? {
+            return Err(Errno(libc::EFBIG));
+        }
         // SAFETY: the descriptor is open; a shorter file takes nothing that is mapped, since the caller
         // only grows it.
         ok(unsafe { libc::ftruncate(self.0.as_raw_fd(), offset(len)?) })
