@@ -29,8 +29,7 @@ impl KvCache {
         let (id, adopts, fences) = {
             let mut table = self.table.lock();
             let budget = self.pool.lock().budget();
-            let left = budget.saturating_sub(table.frontier() + table.quarantined());
-            let short = Room::new(left, budget, wide(self.tensors.len())).is_short();
+            let short = Room::new(table.left_of(budget), budget, wide(self.tensors.len())).is_short();
             let (id, adopts) = table.acquire(hint, short)?;
             let fences = table.fences(id.index()).to_vec();
             if fences.is_empty() {

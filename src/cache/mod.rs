@@ -342,10 +342,9 @@ impl KvCache {
                 }
             }
             let degraded = !table.quarantined().is_zero();
-            if degraded && !self.degraded.swap(degraded, Ordering::Relaxed) {
+            if !self.degraded.swap(degraded, Ordering::Relaxed) && degraded {
                 tracing::warn!(granules = %table.quarantined(), "the driver would not undo: extents are quarantined");
             }
-            self.degraded.store(degraded, Ordering::Relaxed);
         }
         self.sweep();
         result

@@ -110,7 +110,7 @@ impl KvCache {
         let mut table = self.table.lock();
         let pool = self.pool.lock();
         let result = table.check_step(entries).map(|()| {
-            let mut left = (pool.budget()).saturating_sub(table.frontier() + table.quarantined());
+            let mut left = table.left_of(pool.budget());
             entries
                 .iter()
                 .map(|entry| {
@@ -133,7 +133,7 @@ impl KvCache {
     pub fn admits(&self, prompts: &[TokenCount]) -> usize {
         let table = self.table.lock();
         let pool = self.pool.lock();
-        let mut left = pool.budget().saturating_sub(table.frontier() + table.quarantined());
+        let mut left = table.left_of(pool.budget());
         prompts
             .iter()
             .take(table.available())

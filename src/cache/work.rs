@@ -175,7 +175,7 @@ impl<'a> Planner<'a> {
             if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {
                 break Source::Create(promise);
             }
-            if !self.release_something(class) {
+            if !self.release_something(class.granules()) {
                 let Some(spare) = self.table.pop_oldest() else { return false };
                 self.take(spare);
                 if let Some(source) = self.claim(class) {
@@ -187,10 +187,11 @@ impl<'a> Planner<'a> {
         true
     }
 
-    /// Plans the release of something free, so that an extent of `class` can be made.
-    fn release_something(&mut self, class: SizeClass) -> bool {
-        let missing = (self.pool.held() + class.granules()).saturating_sub(self.limit + self.credit);
-        if let Some(withdrawn) = self.pool.withdraw(missing) {
+    /// Plans one release towards holding `more` than now within the limit: the free extent that suits
+    /// best, else a taken piece.
+    fn release_something(&mut self, more: Granules) -> bool {
+        let excess = (self.pool.held() + more).saturating_sub(self.limit + self.credit);
+        if let Some(withdrawn) = self.pool.withdraw(excess) {
             self.credit += withdrawn.class().granules();
             self.work.withdrawn.push(withdrawn);
             return true;
@@ -234,11 +235,7 @@ impl<'a> Planner<'a> {
     /// Plans releases until no more than the limit is held, or nothing is left to release.
     pub(super) fn shrink(&mut self) {
         while self.pool.held() > self.limit + self.credit {
-            let excess = self.pool.held() - (self.limit + self.credit);
-            if let Some(withdrawn) = self.pool.withdraw(excess) {
-                self.credit += withdrawn.class().granules();
-                self.work.withdrawn.push(withdrawn);
-            } else if !self.release_taken() {
+            if !self.release_something(Granules::ZERO) {
                 let Some(spare) = self.table.pop_oldest() else { break };
                 self.take(spare);
             }
@@ -340,14 +337,13 @@ pub(super) fn carry_out(
         while let Some((place, piece)) = progress.mapped.pop() {
             match piece.unmap() {
                 Ok(extent) => progress.extents.push(extent),
-                Err(Refused { error, extent, piece }) => {
+                Err(refused) => {
+                    let error = progress.quarantine(place, refused);
                     tracing::error!(
                         error = error.report(),
                         slot = place.slot,
                         "a mapping could not be undone"
                     );
-                    progress.extents.extend(extent);
-                    progress.quarantined.extend(piece.map(|piece| (place, piece)));
                 }
             }
         }
@@ -357,6 +353,14 @@ pub(super) fn carry_out(
 }
 
 impl Progress {
+    /// Keeps what the driver would not map, or not let go of, and says why it would not.
+    fn quarantine(&mut self, place: Place, refused: Refused) -> Error {
+        let Refused { error, extent, piece } = refused;
+        self.extents.extend(extent);
+        self.quarantined.extend(piece.map(|piece| (place, piece)));
+        error
+    }
+
     fn run(
         &mut self,
         work: Work,
@@ -412,12 +416,7 @@ impl Progress {
             }
             match tensors[place.tensor].map(place.slot, at, extent) {
                 Ok(piece) => self.mapped.push((place, piece)),
-                Err(quarantined) => {
-                    let Refused { error, extent, piece } = quarantined;
-                    self.extents.extend(extent);
-                    self.quarantined.extend(piece.map(|piece| (place, piece)));
-                    result = Err(error);
-                }
+                Err(refused) => result = Err(self.quarantine(place, refused)),
             }
         }
         result
@@ -439,11 +438,7 @@ impl Progress {
             }
             match piece.unmap() {
                 Ok(extent) => self.extents.push(extent),
-                Err(Refused { error, extent, piece }) => {
-                    self.extents.extend(extent);
-                    self.quarantined.extend(piece.map(|piece| (place, piece)));
-                    result = Err(error);
-                }
+                Err(refused) => result = Err(self.quarantine(place, refused)),
             }
         }
         let mut spares = std::mem::take(&mut self.not_unmapped).into_iter();

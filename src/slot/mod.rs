@@ -239,6 +239,11 @@ impl SlotTable {
         self.quarantined
     }
 
+    /// What of `limit` slots in use do not need, and the driver does not hold on to.
+    pub(crate) fn left_of(&self, limit: Granules) -> Granules {
+        limit.saturating_sub(self.frontier + self.quarantined)
+    }
+
     /// Granules that are mapped and hold nobody's tokens.
     pub(crate) fn parked(&self) -> Granules {
         self.backed - self.frontier
