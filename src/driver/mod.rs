@@ -16,7 +16,7 @@
 //! | [`host`] | memory of this machine on one memfd: a product of its own, Linux only |
 //! | [`ledger`] | keeps the books and maps nothing: for replays of sizes that no host can map |
 //! | [`checked`] | wraps any of them: asserts the contract, counts, fails on demand, charges modelled time |
-//! | `cuda` | its place: same folder, same trait |
+//! | [`cuda`] | memory of an NVIDIA GPU, found at run time: feature `cuda`, on by default |
 //!
 //! The checks of arguments live above the seam, once, in [`owned`]; [`checked`] asserts that they
 //! do. `tests/conformance.rs` is the suite that every backend passes.
@@ -31,6 +31,8 @@ use crate::units::{Bytes, Device, DeviceAddr, GranuleSize};
 #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "some of it is for the host driver alone"))]
 mod books;
 pub mod checked;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod events;
 pub mod host;
 pub mod ledger;
