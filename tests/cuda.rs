@@ -189,14 +189,15 @@ fn a_capture_goes_on_while_another_thread_works_on_the_cache() {
     let cache = cache(card.cuda.clone(), Bytes::gib(4));
     let slot = admit(&cache, 1000);
     let captured = Stream(1);
+    // Before the capture: making a stream is forbidden during one.
+    let [stream, another] = [captured, Stream(2)].map(|stream| card.stream(stream));
     card.capture(captured, true);
-    let stream = card.stream(captured);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             // On a thread whose own calls a capture in global mode would forbid.
             step(&cache, slot, 5000).unwrap();
             let other = admit(&cache, 3000);
-            cache.retire(other, &[Fence::Stream(card.stream(Stream(2)))]).unwrap();
+            cache.retire(other, &[Fence::Stream(another)]).unwrap();
             cache.trim(Bytes::ZERO, &[Fence::Idle]).unwrap();
         });
     });

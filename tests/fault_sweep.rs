@@ -106,6 +106,10 @@ impl Scene {
         Self { fresh: adopted, ..scene }
     }
 
+    fn granules(&self, count: u64) -> Bytes {
+        self.cache.layout().granule().bytes() * count
+    }
+
     fn slot(&self, owner: u64) -> SlotId {
         self.written[&owner].0
     }
@@ -406,7 +410,7 @@ fn double_faults(name: &str, scene: impl Fn() -> Scene, operation: impl Fn(&Scen
             let other = cache.acquire(tokens(1), Some(ONE)).unwrap();
             cache.truncate(scene.slot(2), tokens(60), &[Fence::Stream(ONE)]).unwrap();
             cache.retire(other, &[Fence::Stream(ONE)]).unwrap();
-            cache.set_budget(cache.bytes().budget + Bytes::mib(1)).unwrap();
+            cache.set_budget(cache.bytes().budget + scene.granules(256)).unwrap();
             assert!(cache.fits(&[SlotTokens::new(scene.slot(2), tokens(300))]).unwrap()[0]);
             step(cache, scene.slot(2), 300).unwrap();
             cache.report().unwrap();

@@ -131,6 +131,7 @@ functions! {
     primary_ctx_release = "cuDevicePrimaryCtxRelease_v2"(i32);
     primary_ctx_get_state = "cuDevicePrimaryCtxGetState"(i32, *mut u32, *mut i32);
     ctx_get_current = "cuCtxGetCurrent"(*mut u64);
+    ctx_get_api_version = "cuCtxGetApiVersion"(u64, *mut u32);
     ctx_get_device = "cuCtxGetDevice"(*mut i32);
     ctx_push_current = "cuCtxPushCurrent_v2"(u64);
     ctx_pop_current = "cuCtxPopCurrent_v2"(*mut u64);

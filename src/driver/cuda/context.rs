@@ -94,12 +94,14 @@ impl Drop for Entered {
     }
 }
 
-/// The context that is current on this thread, with its device.
+/// The context that is current on this thread, with its device. One that was destroyed stays current
+/// until another is set, and counts as none.
 fn current(api: &Api) -> Result<Option<(u64, i32)>> {
-    let mut context = 0;
+    let (mut context, mut version) = (0, 0);
     // SAFETY: the pointer is to a living integer.
     codes::check_set_up(api, unsafe { (api.ctx_get_current)(&raw mut context) })?;
-    if context == 0 {
+    // SAFETY: as before; CUDA refuses a context that is gone.
+    if context == 0 || unsafe { (api.ctx_get_api_version)(context, &raw mut version) } != 0 {
         return Ok(None);
     }
     let mut device = 0;
