@@ -6,38 +6,48 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 #![allow(unsafe_code, reason = "the suite calls the unsafe verbs, in order and out of it")]
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::driver::{Access, Driver, Live, RawEvent, RawHandle, Stream};
-use vattn::error::{ErrorKind, Result};
+use vattn::error::{ErrorKind, Result, Verb};
 use vattn::units::{Bytes, DeviceAddr};
 
 #[cfg(target_os = "linux")]
 use vattn::driver::host::{Host, HostOptions};
 
+#[cfg(feature = "cuda")]
+#[path = "common/card.rs"]
+mod card;
+
 const CAPACITY_IN_GRANULES: u64 = 64;
 
-type Make = Option<fn() -> Subject>;
+type Make = Option<fn() -> Option<Subject>>;
 
-/// Every backend, and how to make one; `None` where this build or machine has none.
+/// Every backend, and how to make one; `None` where this build has none, or makes none on this machine.
 const BACKENDS: [(&str, Make); 5] = [
     ("host", HOST),
-    ("ledger", Some(ledger)),
+    ("ledger", Some(|| Some(ledger()))),
     ("checked(host)", CHECKED_HOST),
-    ("checked(ledger)", Some(|| checked(ledger()))),
-    ("cuda", None),
+    ("checked(ledger)", Some(|| Some(checked(ledger())))),
+    ("cuda", CUDA),
 ];
 
 #[cfg(target_os = "linux")]
-const HOST: Make = Some(host);
+const HOST: Make = Some(|| Some(host()));
 #[cfg(target_os = "linux")]
-const CHECKED_HOST: Make = Some(|| checked(host()));
+const CHECKED_HOST: Make = Some(|| Some(checked(host())));
 #[cfg(not(target_os = "linux"))]
 const HOST: Make = None;
 #[cfg(not(target_os = "linux"))]
 const CHECKED_HOST: Make = None;
+#[cfg(feature = "cuda")]
+const CUDA: Make = Some(cuda);
+#[cfg(not(feature = "cuda"))]
+const CUDA: Make = None;
 
 /// How a test holds back a stream's work, where the backend lets it.
 struct Controls {
@@ -50,24 +60,37 @@ struct Controls {
 struct Subject {
     driver: Arc<dyn Driver>,
     live: Box<dyn Fn() -> Live>,
-    /// The processor can read and write what is mapped.
-    touchable: bool,
-    controls: Option<Controls>,
+    memory: Memory,
+    /// The driver refuses events that it does not know. That of a real device need not.
+    knows_events: bool,
+    /// The stream that stands for a number.
+    stream: Box<dyn Fn(u64) -> Stream>,
+    controls: Controls,
+}
+
+/// How a test reads and writes what is mapped.
+enum Memory {
+    None,
+    Processor,
+    #[cfg(feature = "cuda")]
+    Card(Arc<card::Card>),
 }
 
 macro_rules! subject {
-    ($driver:ident, $touchable:literal) => {{
+    ($driver:ident, $memory:expr) => {{
         let [live, hold, fire, capture, waiting] = [(); 5].map(|()| Arc::clone(&$driver));
         Subject {
             driver: $driver,
             live: Box::new(move || live.live()),
-            touchable: $touchable,
-            controls: Some(Controls {
+            memory: $memory,
+            knows_events: true,
+            stream: Box::new(Stream),
+            controls: Controls {
                 hold: Box::new(move |stream| hold.hold(stream)),
                 fire: Box::new(move |stream| fire.fire(stream)),
                 capture: Box::new(move |stream, capturing| capture.set_capturing(stream, capturing)),
                 waiting: Box::new(move || waiting.waiting()),
-            }),
+            },
         }
     }};
 }
@@ -76,7 +99,7 @@ macro_rules! subject {
 fn host() -> Subject {
     let granule = Bytes::new(64 << 10);
     let driver = Host::new(HostOptions::new(granule, granule * CAPACITY_IN_GRANULES)).unwrap();
-    subject!(driver, true)
+    subject!(driver, Memory::Processor)
 }
 
 fn ledger() -> Subject {
@@ -84,7 +107,7 @@ fn ledger() -> Subject {
     let capacity = granule * CAPACITY_IN_GRANULES;
     let options = LedgerOptions { granule, capacity, addresses: Some(Bytes::gib(1 << 20)) };
     let driver = Ledger::new(options).unwrap();
-    subject!(driver, false)
+    subject!(driver, Memory::None)
 }
 
 /// Without assertions, so that the inner driver's refusals show: the assertions have tests of their own.
@@ -96,7 +119,38 @@ fn checked(inner: Subject) -> Subject {
         assert_eq!(books.live(), (inner.live)(), "the wrapper's books are the inner driver's");
         books.live()
     };
-    Subject { driver, live: Box::new(live), touchable: inner.touchable, controls: inner.controls }
+    Subject { driver, live: Box::new(live), ..inner }
+}
+
+/// Under the checking driver, which keeps the books that CUDA does not show, and gives it a capacity.
+#[cfg(feature = "cuda")]
+fn cuda() -> Option<Subject> {
+    let card = card::Card::open()?;
+    let capacity = card.cuda.info().granule.bytes() * CAPACITY_IN_GRANULES;
+    let options = CheckedOptions { assert_contract: false, budget: Some(capacity), ..CheckedOptions::TEST };
+    let driver = Checked::new(card.cuda.clone(), options);
+    let waits = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&waits);
+    driver.on_call(Box::new(move |verb| {
+        if verb == Verb::WaitEvent {
+            counted.fetch_add(1, Ordering::SeqCst);
+        }
+    }));
+    let [hold, fire, capture, stream] = [(); 4].map(|()| Arc::clone(&card));
+    let books = Arc::clone(&driver);
+    Some(Subject {
+        driver,
+        live: Box::new(move || books.live()),
+        memory: Memory::Card(card),
+        knows_events: false,
+        stream: Box::new(move |number| stream.stream(Stream(number))),
+        controls: Controls {
+            hold: Box::new(move |stream| hold.hold(stream)),
+            fire: Box::new(move |stream| fire.fire(stream)),
+            capture: Box::new(move |stream, capturing| capture.capture(stream, capturing)),
+            waiting: Box::new(move || waits.load(Ordering::SeqCst)),
+        },
+    })
 }
 
 /// The verbs without their `unsafe`. What a check does wrong it does on purpose, to see it refused.
@@ -157,9 +211,9 @@ impl Subject {
         unsafe { self.driver.destroy_event(event) }
     }
 
-    fn stream_wait(&self, stream: Stream, event: RawEvent) -> Result<()> {
+    fn stream_wait(&self, stream: u64, event: RawEvent) -> Result<()> {
         // SAFETY: as in `map`.
-        unsafe { self.driver.stream_wait(stream, event) }
+        unsafe { self.driver.stream_wait((self.stream)(stream), event) }
     }
 
     /// Maps and gives access.
@@ -170,10 +224,13 @@ impl Subject {
 
     /// Writes a number to the first and the last eight bytes of backed granules.
     fn write(&self, addr: DeviceAddr, granules: u64, value: u64) {
-        if self.touchable {
-            for end in self.ends(addr, granules) {
+        for end in self.ends(addr, granules) {
+            match &self.memory {
+                Memory::None => {}
                 // SAFETY: the check backed the range for writing, and its ends are aligned.
-                unsafe { end.write_volatile(value) };
+                Memory::Processor => unsafe { pointer(end).write_volatile(value) },
+                #[cfg(feature = "cuda")]
+                Memory::Card(card) => card.write(end, &value.to_ne_bytes()),
             }
         }
     }
@@ -181,17 +238,36 @@ impl Subject {
     /// Asserts that they hold it.
     #[track_caller]
     fn expect(&self, addr: DeviceAddr, granules: u64, value: u64) {
-        if self.touchable {
-            for end in self.ends(addr, granules) {
+        for end in self.ends(addr, granules) {
+            let found = match &self.memory {
+                Memory::None => value,
                 // SAFETY: the check backed the range, and its ends are aligned.
-                assert_eq!(unsafe { end.read_volatile() }, value);
-            }
+                Memory::Processor => unsafe { pointer(end).read_volatile() },
+                #[cfg(feature = "cuda")]
+                Memory::Card(card) => {
+                    let mut found = [0; 8];
+                    card.read(end, &mut found);
+                    u64::from_ne_bytes(found)
+                }
+            };
+            assert_eq!(found, value);
         }
     }
 
-    fn ends(&self, addr: DeviceAddr, granules: u64) -> [*mut u64; 2] {
-        let last = addr + (self.granules(granules) - Bytes::new(8));
-        [addr, last].map(|addr| std::ptr::with_exposed_provenance_mut(usize::try_from(addr.get()).unwrap()))
+    fn ends(&self, addr: DeviceAddr, granules: u64) -> [DeviceAddr; 2] {
+        [addr, addr + (self.granules(granules) - Bytes::new(8))]
+    }
+
+    fn record(&self, stream: u64) -> RawEvent {
+        self.driver.record_event((self.stream)(stream)).unwrap()
+    }
+
+    fn hold(&self, stream: u64) {
+        (self.controls.hold)(Stream(stream));
+    }
+
+    fn fire(&self, stream: u64) {
+        (self.controls.fire)(Stream(stream));
     }
 
     /// Asserts that a call is refused for a reason of the driver's own and changes nothing.
@@ -204,6 +280,10 @@ impl Subject {
         assert_ne!(failure.code, 0, "{error}");
         assert_eq!(((self.live)(), self.driver.memory_info().unwrap()), before, "{error}");
     }
+}
+
+fn pointer(addr: DeviceAddr) -> *mut u64 {
+    std::ptr::with_exposed_provenance_mut(usize::try_from(addr.get()).unwrap())
 }
 
 type Check = (&'static str, fn(&Subject));
@@ -413,6 +493,7 @@ const CHECKS: &[Check] = &[
         let granule = subject.granules(1);
         std::thread::scope(|scope| {
             for thread in 0..4 {
+                let stream = (subject.stream)(thread);
                 scope.spawn(move || {
                     for round in 0..50 {
                         let addr = base + granule * (thread * 8 + round % 8);
@@ -424,7 +505,7 @@ const CHECKS: &[Check] = &[
                             driver.release(handle).unwrap();
                             driver.unmap(addr, granule).unwrap();
                         }
-                        let event = driver.record_event(Stream(thread)).unwrap();
+                        let event = driver.record_event(stream).unwrap();
                         // SAFETY: the event was just recorded.
                         unsafe { driver.destroy_event(event) }.unwrap();
                     }
@@ -434,45 +515,47 @@ const CHECKS: &[Check] = &[
         subject.free(base, 32).unwrap();
     }),
     ("an event of a stream without work has fired", |subject| {
-        let event = subject.driver.record_event(Stream(0)).unwrap();
+        let event = subject.record(0);
         // SAFETY: the event was just recorded.
         unsafe { subject.driver.wait_event(event) }.unwrap();
         assert!(subject.query(event).unwrap());
         let follower = subject.follow(event).unwrap();
         assert!(subject.query(follower).unwrap());
-        subject.stream_wait(Stream(1), event).unwrap();
+        subject.stream_wait(1, event).unwrap();
         subject.destroy(event).unwrap();
         subject.destroy(follower).unwrap();
     }),
     ("events that are not there are refused", |subject| {
-        // A driver of a real device does not check them: only those that lend us their streams do.
-        if subject.controls.is_none() {
+        if !subject.knows_events {
             return;
         }
-        let event = subject.driver.record_event(Stream(0)).unwrap();
+        let event = subject.record(0);
         subject.destroy(event).unwrap();
         for unknown in [event, RawEvent(u64::MAX)] {
             subject.refuses(|| subject.query(unknown).map(drop));
             subject.refuses(|| subject.follow(unknown).map(drop));
-            subject.refuses(|| subject.stream_wait(Stream(0), unknown));
+            subject.refuses(|| subject.stream_wait(0, unknown));
             subject.refuses(|| subject.destroy(unknown));
             // SAFETY: breaks the contract on purpose.
             subject.refuses(|| unsafe { subject.driver.wait_event(unknown) });
         }
     }),
     ("events of a held stream fire with it, in order and through others", |subject| {
-        let Some(controls) = &subject.controls else { return };
-        let [one, two, three] = [Stream(1), Stream(2), Stream(3)];
-        let early = subject.driver.record_event(one).unwrap();
-        (controls.hold)(one);
-        let held = subject.driver.record_event(one).unwrap();
+        let [one, two, three] = [1, 2, 3];
+        let early = subject.record(one);
+        // SAFETY: the event was just recorded.
+        unsafe { subject.driver.wait_event(early) }.unwrap();
+        subject.hold(one);
+        let held = subject.record(one);
         let follower = subject.follow(held).unwrap();
-        let free = subject.driver.record_event(two).unwrap();
+        let free = subject.record(two);
+        // SAFETY: the event was just recorded.
+        unsafe { subject.driver.wait_event(free) }.unwrap();
         subject.stream_wait(two, held).unwrap();
-        let after = subject.driver.record_event(two).unwrap();
-        (controls.hold)(three);
+        let after = subject.record(two);
+        subject.hold(three);
         subject.stream_wait(three, held).unwrap();
-        let both = subject.driver.record_event(three).unwrap();
+        let both = subject.record(three);
         let fired = |events: &[RawEvent]| {
             events.iter().map(|event| subject.query(*event).unwrap()).collect::<Vec<_>>()
         };
@@ -483,45 +566,58 @@ const CHECKS: &[Check] = &[
         // Those that wait for it need it no longer.
         subject.destroy(held).unwrap();
         assert_eq!(fired(&[follower, after, both]), [false; 3]);
-        (controls.fire)(one);
+        subject.fire(one);
+        for event in [follower, after] {
+            // SAFETY: the events live; their streams are held no longer.
+            unsafe { subject.driver.wait_event(event) }.unwrap();
+        }
         assert_eq!(fired(&[follower, after, both]), [true, true, false]);
-        (controls.fire)(three);
-        assert_eq!(fired(&[both]), [true]);
-        let later = subject.driver.record_event(one).unwrap();
-        assert_eq!(fired(&[later]), [true]);
+        subject.fire(three);
+        let later = subject.record(one);
+        for event in [both, later] {
+            // SAFETY: as before.
+            unsafe { subject.driver.wait_event(event) }.unwrap();
+        }
+        assert_eq!(fired(&[both, later]), [true, true]);
         for event in [early, follower, free, after, both, later] {
             subject.destroy(event).unwrap();
         }
     }),
     ("a wait ends when the event fires", |subject| {
-        let Some(controls) = &subject.controls else { return };
-        (controls.hold)(Stream(7));
-        let event = subject.driver.record_event(Stream(7)).unwrap();
+        let before = (subject.controls.waiting)();
+        subject.hold(7);
+        let event = subject.record(7);
         let driver = &subject.driver;
         std::thread::scope(|scope| {
             // SAFETY: the event lives until the scope has ended.
             let waiter = scope.spawn(move || unsafe { driver.wait_event(event) });
-            while (controls.waiting)() == 0 {
+            while (subject.controls.waiting)() == before {
                 std::thread::yield_now();
             }
             assert!(!waiter.is_finished());
-            (controls.fire)(Stream(7));
+            subject.fire(7);
             waiter.join().unwrap().unwrap();
         });
         subject.destroy(event).unwrap();
     }),
     ("a stream that is being captured takes no event", |subject| {
-        let Some(controls) = &subject.controls else { return };
-        let event = subject.driver.record_event(Stream(1)).unwrap();
-        (controls.capture)(Stream(1), true);
+        let event = subject.record(1);
+        (subject.controls.capture)(Stream(1), true);
         let before = (subject.live)();
-        let refused = subject.driver.record_event(Stream(1)).unwrap_err();
+        let refused = subject.driver.record_event((subject.stream)(1)).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::CapturingStream);
-        let refused = subject.stream_wait(Stream(1), event).unwrap_err();
+        let refused = subject.stream_wait(1, event).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::CapturingStream);
         assert_eq!((subject.live)(), before);
-        (controls.capture)(Stream(1), false);
-        subject.stream_wait(Stream(1), event).unwrap();
+        // The capture goes on beside calls that have nothing to do with the stream.
+        let (base, handle) = (subject.reserve(1), subject.create(1));
+        subject.back(base, 1, handle);
+        subject.unmap(base, 1).unwrap();
+        subject.release(handle).unwrap();
+        subject.free(base, 1).unwrap();
+        assert!(subject.query(event).is_ok());
+        (subject.controls.capture)(Stream(1), false);
+        subject.stream_wait(1, event).unwrap();
         subject.destroy(event).unwrap();
     }),
 ];
@@ -532,12 +628,19 @@ fn conforms(name: &str) {
         println!("SKIP {name}: no driver of it in this build");
         return;
     };
+    let mut failed = Vec::new();
     for (check, run) in CHECKS {
+        let Some(subject) = make() else { return };
         println!("{name}: {check}");
-        let subject = make();
-        run(&subject);
-        assert_eq!((subject.live)(), Live::default(), "{name}: {check}: something is left");
+        let run = AssertUnwindSafe(|| {
+            run(&subject);
+            assert_eq!((subject.live)(), Live::default(), "something is left");
+        });
+        if catch_unwind(run).is_err() {
+            failed.push(check);
+        }
     }
+    assert!(failed.is_empty(), "{name}: {failed:#?}");
 }
 
 #[test]
@@ -562,13 +665,6 @@ fn checked_ledger_conforms() {
 
 #[test]
 fn cuda_conforms() {
-    let present = BACKENDS.iter().any(|(name, make)| *name == "cuda" && make.is_some());
-    if !present {
-        println!("SKIP cuda: no GPU driver in this build");
-        let required = std::env::var("VATTN_REQUIRE_GPU").is_ok_and(|value| value == "1");
-        assert!(!required, "VATTN_REQUIRE_GPU=1, and this build has no GPU driver");
-        return;
-    }
     conforms("cuda");
 }
 
@@ -671,13 +767,12 @@ mod random {
         }
     }
 
-    fn run(make: fn() -> Subject, ops: &[Op]) {
-        let subject = make();
+    fn run(subject: &Subject, ops: &[Op]) {
         let base = subject.reserve(PLACES);
         let mut model = Model::default();
         let wide = |len: usize| u64::try_from(len).unwrap();
         for op in ops {
-            apply(&subject, base, &mut model, op);
+            apply(subject, base, &mut model, op);
             let live = (subject.live)();
             assert_eq!(live.mappings, wide(model.mappings.len()));
             assert_eq!(live.handles, wide(model.handles.len()));
@@ -707,8 +802,8 @@ mod random {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(128) })]
         #[test]
         fn random_calls_do_what_a_plain_model_says(ops in prop::collection::vec(op(), 1..80)) {
-            for make in BACKENDS.into_iter().filter_map(|(_, make)| make) {
-                run(make, &ops);
+            for subject in BACKENDS.into_iter().filter_map(|(_, make)| make?()) {
+                run(&subject, &ops);
             }
         }
     }

@@ -16,7 +16,11 @@ use vattn::geometry::{Commit, Config, Dtype, Geometry, LayerGroup, LayerKind};
 use vattn::units::{Bytes, DeviceAddr, SizeClass};
 use vattn::{Fence, KvCache, SlotId, SlotTokens, TokenCount};
 
+#[cfg(feature = "cuda")]
+pub(crate) mod card;
 pub(crate) mod contents;
+#[cfg(feature = "cuda")]
+pub(crate) mod kernels;
 pub(crate) mod shapes;
 
 pub(crate) use shapes::Shape;
@@ -26,9 +30,32 @@ pub(crate) use shapes::Shape;
 pub(crate) enum Backend {
     Host(Arc<Host>),
     Ledger(Arc<Ledger>),
+    #[cfg(feature = "cuda")]
+    Card(Arc<card::Card>),
+}
+
+/// Whether tests of the cache run on the first GPU: `VATTN_TEST_DEVICE=cuda`. They run on the host and
+/// on books otherwise.
+pub(crate) fn on_card() -> bool {
+    match std::env::var("VATTN_TEST_DEVICE").as_deref() {
+        Ok("cuda") => true,
+        Ok("host") | Err(_) => false,
+        Ok(other) => panic!("VATTN_TEST_DEVICE is \"{other}\"; host or cuda is wanted"),
+    }
 }
 
 impl Backend {
+    /// The card, which this test was asked to run on.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn card() -> Self {
+        Self::Card(card::Card::open().expect("VATTN_TEST_DEVICE is cuda, and there is no GPU"))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub(crate) fn card() -> Self {
+        panic!("VATTN_TEST_DEVICE is cuda, and this build is without the feature `cuda`");
+    }
+
     pub(crate) fn host(granule: Bytes, capacity: Bytes) -> Self {
         Self::Host(Host::new(HostOptions::new(granule, capacity)).unwrap())
     }
@@ -41,13 +68,18 @@ impl Backend {
         match self {
             Self::Host(host) => host.clone(),
             Self::Ledger(ledger) => ledger.clone(),
+            #[cfg(feature = "cuda")]
+            Self::Card(card) => card.cuda.clone(),
         }
     }
 
-    pub(crate) fn live(&self) -> Live {
+    /// What the backend's own books say; a card shows none.
+    pub(crate) fn live(&self) -> Option<Live> {
         match self {
-            Self::Host(host) => host.live(),
-            Self::Ledger(ledger) => ledger.live(),
+            Self::Host(host) => Some(host.live()),
+            Self::Ledger(ledger) => Some(ledger.live()),
+            #[cfg(feature = "cuda")]
+            Self::Card(_) => None,
         }
     }
 
@@ -56,6 +88,8 @@ impl Backend {
         match self {
             Self::Host(host) => host.waiting(),
             Self::Ledger(ledger) => ledger.waiting(),
+            #[cfg(feature = "cuda")]
+            Self::Card(_) => panic!("a card does not tell who waits"),
         }
     }
 
@@ -63,6 +97,44 @@ impl Backend {
         match self {
             Self::Host(host) => host.set_capturing(stream, capturing),
             Self::Ledger(ledger) => ledger.set_capturing(stream, capturing),
+            #[cfg(feature = "cuda")]
+            Self::Card(card) => card.capture(stream, capturing),
+        }
+    }
+
+    fn hold(&self, stream: Stream) {
+        match self {
+            Self::Host(host) => host.hold(stream),
+            Self::Ledger(ledger) => ledger.hold(stream),
+            #[cfg(feature = "cuda")]
+            Self::Card(card) => card.hold(stream),
+        }
+    }
+
+    fn fire(&self, stream: Stream) {
+        match self {
+            Self::Host(host) => host.fire(stream),
+            Self::Ledger(ledger) => ledger.fire(stream),
+            #[cfg(feature = "cuda")]
+            Self::Card(card) => card.fire(stream),
+        }
+    }
+
+    fn fire_all(&self) {
+        match self {
+            Self::Host(host) => host.fire_all(),
+            Self::Ledger(ledger) => ledger.fire_all(),
+            #[cfg(feature = "cuda")]
+            Self::Card(card) => card.fire_all(),
+        }
+    }
+
+    /// The stream that stands for a number of a test's.
+    fn stream(&self, stream: Stream) -> Stream {
+        match self {
+            Self::Host(_) | Self::Ledger(_) => stream,
+            #[cfg(feature = "cuda")]
+            Self::Card(card) => card.stream(stream),
         }
     }
 }
@@ -111,10 +183,7 @@ impl Watch {
     }
 
     pub(crate) fn hold(&self, stream: Stream) {
-        match &self.backend {
-            Backend::Host(host) => host.hold(stream),
-            Backend::Ledger(ledger) => ledger.hold(stream),
-        }
+        self.backend.hold(stream);
         self.seen.lock().held.insert(stream);
     }
 
@@ -127,10 +196,7 @@ impl Watch {
                 streams.remove(&stream);
             }
         }
-        match &self.backend {
-            Backend::Host(host) => host.fire(stream),
-            Backend::Ledger(ledger) => ledger.fire(stream),
-        }
+        self.backend.fire(stream);
     }
 
     pub(crate) fn fire_all(&self) {
@@ -181,7 +247,7 @@ impl Watch {
 
     /// A foreign event in a stream, and what to destroy it with.
     pub(crate) fn foreign(&self, stream: Stream) -> (Fence, RawEvent) {
-        let event = self.checked.record_event(stream).unwrap();
+        let event = self.checked.record_event(self.backend.stream(stream)).unwrap();
         // SAFETY: the event lives until the test destroys it, after the call that takes the fence.
         (Fence::Event(unsafe { ForeignEvent::new(event) }), event)
     }
@@ -203,10 +269,7 @@ fn fire_all(backend: &Backend, seen: &Mutex<Seen>) {
         seen.before_any.clear();
         seen.used_by.clear();
     }
-    match backend {
-        Backend::Host(host) => host.fire_all(),
-        Backend::Ledger(ledger) => ledger.fire_all(),
-    }
+    backend.fire_all();
 }
 
 // SAFETY: every verb is the checked driver's; beside it only books are kept.
@@ -272,7 +335,7 @@ unsafe impl Driver for Watch {
     }
 
     fn record_event(&self, stream: Stream) -> Result<RawEvent> {
-        self.checked.record_event(stream)
+        self.checked.record_event(self.backend.stream(stream))
     }
 
     unsafe fn follow_event(&self, event: RawEvent) -> Result<RawEvent> {
@@ -292,7 +355,7 @@ unsafe impl Driver for Watch {
 
     unsafe fn stream_wait(&self, stream: Stream, event: RawEvent) -> Result<()> {
         // SAFETY: the caller's condition is the callee's.
-        unsafe { self.checked.stream_wait(stream, event) }
+        unsafe { self.checked.stream_wait(self.backend.stream(stream), event) }
     }
 
     unsafe fn destroy_event(&self, event: RawEvent) -> Result<()> {

@@ -1,0 +1,70 @@
+#!/bin/sh
+# Runs the GPU suite of the folder that it lies in, and leaves everything in FOLDER/results (or $OUT):
+#
+#   ./run.sh [tests] [sanitizer] [probe] [replay] [bench] [kernels] [attention]      (default: all of them)
+#
+# `sanitizer` needs compute-sanitizer, `kernels` and `attention` a Python with PyTorch. Ends with the
+# list of what passed, and with an error if anything did not.
+set -u
+cd "$(dirname "$0")" || exit 1
+out=${OUT:-$PWD/results}
+mkdir -p "$out"
+export VATTN_REQUIRE_GPU=1 VATTN_TEST_DEVICE=cuda VATTN_BENCH_DEVICE=cuda
+export VATTN_TRACES="$PWD/traces"
+export LD_LIBRARY_PATH="$PWD/bin:${LD_LIBRARY_PATH:-}"
+: >"$out/summary.txt"
+failed=0
+
+# Runs a command, keeps its output under a name, and notes how it ended.
+note() {
+    name=$1
+    shift
+    start=$(date +%s)
+    if "$@" >"$out/$name.txt" 2>&1; then word=passed; else word=FAILED failed=1; fi
+    echo "$word $name ($(($(date +%s) - start)) s)" | tee -a "$out/summary.txt"
+}
+
+tests() {
+    for test in conformance cuda model fault_sweep contents; do
+        # One after the other: they count the memory that is free.
+        note "$test" "bin/$test" --test-threads=1 --nocapture
+    done
+}
+
+# Every access of a kernel is checked; CUDA's refusals, which the tests provoke, are not reported.
+sanitizer() {
+    for test in conformance contents; do
+        note "memcheck-$test" env VATTN_CONTENTS_ROUNDS=1 compute-sanitizer --tool memcheck \
+            --report-api-errors no --error-exitcode 9 \
+            "bin/$test" --test-threads=1 --nocapture --skip touching_what_is_not_backed_faults
+    done
+}
+
+probe() {
+    note probe bin/vattn probe
+    note probe-json bin/vattn probe --json
+}
+
+replay() {
+    trace=traces/azure_llm_2023_conv.csv
+    for policy in vattn vattention; do
+        note "replay-$policy" bin/vattn replay --device cuda --policy "$policy" --trace "$trace" --json
+    done
+}
+
+bench() {
+    note scenarios bin/scenarios --json "$out/scenarios.json"
+    note driver bin/driver --bench --measurement-time 1 --warm-up-time 0.5
+    note steady bin/steady --bench --measurement-time 1 --warm-up-time 0.5
+}
+
+kernels() { note kernels python3 kernels.py "$out"; }
+attention() { note attention python3 attention.py "$out"; }
+
+[ $# -gt 0 ] || set -- tests sanitizer probe replay bench kernels attention
+for part in "$@"; do
+    "$part"
+done
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/card.txt" 2>&1
+cat "$out/summary.txt"
+exit "$failed"
