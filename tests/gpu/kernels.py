@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def prove(out, jobs, limit):
     began = time.monotonic()
     required = os.environ.get("VATTN_REQUIRE_GPU") == "1"
     out.mkdir(parents=True, exist_ok=True)
-    children = Children(out / "trials", jobs, began + limit)
+    children = Children(tempfile.mkdtemp(prefix="vattn-kernels-"), jobs, began + limit)
     try:
         import kernel_trials
     except ImportError as error:

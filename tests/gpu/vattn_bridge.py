@@ -3,7 +3,7 @@
 Owns the crossing: C structures, errors, and views of addresses that may have no memory behind them.
 Nothing here touches the memory, so a view over unbacked addresses is harmless until somebody reads it.
 
-The library is looked for in VATTN_BRIDGE, beside this file, and where cargo builds.
+The library is looked for in VATTN_BRIDGE, beside this file or in its `bin`, and where cargo builds.
 """
 
 import ctypes
@@ -57,7 +57,8 @@ class View(ctypes.Structure):
 def find_library():
     named = os.environ.get("VATTN_BRIDGE")
     target = Path(os.environ.get("CARGO_TARGET_DIR", HERE.parent.parent / "target"))
-    places = [Path(named)] if named else [HERE / NAME, target / "release" / NAME, target / "debug" / NAME]
+    folders = (HERE, HERE / "bin", target / "release", target / "debug")
+    places = [Path(named)] if named else [folder / NAME for folder in folders]
     for place in places:
         if place.is_file():
             return place
