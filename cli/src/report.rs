@@ -239,6 +239,9 @@ pub(crate) fn text(reports: &[Report], description: Option<&str>) -> String {
     }
     out.push('\n');
     out.push_str(NOTES);
+    if card.is_some() {
+        out.push_str("What is free is the card's own count, and depends on whoever else uses it.\n");
+    }
     for report in reports.iter().filter(|report| report.completed == 0 && report.rejected > 0) {
         let _ = writeln!(
             out,

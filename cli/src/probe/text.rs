@@ -23,7 +23,7 @@ pub(super) fn show(probe: &Probe) -> String {
     let quick = if probe.quick { " --quick" } else { "" };
     let _ = writeln!(out, "vattn {} probe{quick} on {}\n", probe.vattn, probe.machine.system);
     if let Some(why) = &probe.no_gpu {
-        let _ = writeln!(out, "No GPU was found, so this is the host: {why}.\n");
+        let _ = writeln!(out, "No GPU can be used, so this is the host: {why}.\n");
     }
     machine(&mut out, &probe.machine);
     out.push('\n');
