@@ -2,7 +2,6 @@
 //!
 //! Each policy gets a driver of its own, so that counts and leaks are its own too.
 
-use clap::ValueEnum;
 use serde::Serialize;
 use std::sync::Arc;
 use vattn::driver::owned::DriverHandle;
@@ -10,20 +9,11 @@ use vattn::driver::owned::DriverHandle;
 use vattn::Result;
 use vattn::driver::Driver;
 use vattn::driver::checked::{Checked, CheckedOptions};
-use vattn::driver::host::{Host, HostOptions};
-use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::error::Verb;
 use vattn::stats::Counters;
 use vattn::units::Bytes;
 
-/// Where the memory is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub(crate) enum DeviceKind {
-    /// This machine's memory, really mapped (Linux)
-    Host,
-    /// Nowhere: calls are counted and nothing is mapped, so that any size works anywhere
-    Ledger,
-}
+use crate::place::Place;
 
 /// Calls of the driver by verb.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
@@ -56,20 +46,24 @@ pub(crate) struct Books {
 /// A driver under the counting one.
 #[derive(Debug)]
 pub(crate) struct Bench {
+    inner: Arc<dyn Driver>,
     handle: DriverHandle,
     checked: Arc<Checked>,
 }
 
 impl Bench {
     /// Opens a driver that has `budget` bytes and refuses more.
-    pub(crate) fn open(kind: DeviceKind, granule: Bytes, budget: Bytes) -> Result<Self> {
-        let inner: Arc<dyn Driver> = match kind {
-            DeviceKind::Host => Host::new(HostOptions::new(granule, budget))?,
-            DeviceKind::Ledger => Ledger::new(LedgerOptions { granule, capacity: budget, addresses: None })?,
-        };
-        let checked = Checked::new(inner, CheckedOptions { budget: Some(budget), ..CheckedOptions::REPLAY });
+    pub(crate) fn open(place: &Place, granule: Bytes, budget: Bytes) -> Result<Self> {
+        let inner = place.driver(granule, budget)?;
+        let checked =
+            Checked::new(inner.clone(), CheckedOptions { budget: Some(budget), ..CheckedOptions::REPLAY });
         let handle = DriverHandle::new(checked.clone(), Arc::new(Counters::default()));
-        Ok(Self { handle, checked })
+        Ok(Self { inner, handle, checked })
+    }
+
+    /// What the device says is free. Not one of the calls that are counted.
+    pub(crate) fn free(&self) -> Result<Bytes> {
+        Ok(self.inner.memory_info()?.free)
     }
 
     /// The driver itself, for what counts its own calls.

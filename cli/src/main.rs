@@ -1,4 +1,4 @@
-//! `vattn`: replays LLM traffic on a KV cache in virtual memory.
+//! `vattn`: replays LLM traffic on a KV cache in virtual memory, and probes the memory's driver.
 //!
 //! Owns the arguments' frame, errors on stderr and exit codes. Each subcommand is a module of its
 //! own and returns what is printed.
@@ -10,13 +10,17 @@
 //! | [`server`] | what a server does with them, iteration by iteration |
 //! | [`model`] | which tensors the model's cache has |
 //! | [`policy`] | who manages their memory |
+//! | [`place`] | which device, by name or by what there is |
 //! | [`device`] | which driver is called, and what it counted |
 //! | [`report`] | what is shown |
+//! | [`probe`] | what a device's driver can do, and what its calls cost |
 
 mod device;
 mod model;
 mod num;
+mod place;
 mod policy;
+mod probe;
 mod replay;
 mod report;
 mod server;
@@ -50,6 +54,12 @@ enum Command {
     /// Serve a trace of requests from a KV cache and report what its memory did
     #[command(long_about = replay::long_about(), after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
     Replay(replay::Args),
+    /// Find out what the device's driver can do and what its calls cost
+    #[command(long_about = probe::LONG_ABOUT, after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
+    Probe(probe::Args),
+    /// Answer one question of a probe, in a process of its own
+    #[command(hide = true)]
+    ProbeChild(probe::ChildArgs),
 }
 
 /// Why the program ends with something else than 0.
@@ -59,6 +69,8 @@ pub(crate) enum Failure {
     Input(String),
     /// It went wrong on the way.
     Run(vattn::Error),
+    /// A process that was to do a part of the work could not be started.
+    Child(String),
     /// The output could not be written.
     Output(std::io::Error),
     /// Something was not given back; the report is printed all the same.
@@ -87,7 +99,7 @@ impl From<trace::TraceError> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Input(message) | Self::Leaked(message) => f.write_str(message),
+            Self::Input(message) | Self::Child(message) | Self::Leaked(message) => f.write_str(message),
             Self::Run(error) => f.write_str(&error.report()),
             Self::Output(error) => write!(f, "writing the report: {error}"),
         }
@@ -97,7 +109,7 @@ impl fmt::Display for Failure {
 impl Failure {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Run(_) | Self::Output(_) => ExitCode::from(1),
+            Self::Run(_) | Self::Child(_) | Self::Output(_) => ExitCode::from(1),
             Self::Input(_) => ExitCode::from(2),
             Self::Leaked(_) => ExitCode::from(3),
         }
@@ -111,8 +123,11 @@ fn main() -> ExitCode {
         )
         .with_writer(std::io::stderr)
         .init();
+    let mut out = std::io::stdout().lock();
     let result = match Args::parse().command {
-        Command::Replay(args) => replay::run(&args, &mut std::io::stdout().lock()),
+        Command::Replay(args) => replay::run(&args, &mut out),
+        Command::Probe(args) => probe::run(&args, &mut out),
+        Command::ProbeChild(args) => probe::answer(&args, &mut out),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

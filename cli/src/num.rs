@@ -28,3 +28,9 @@ pub(crate) fn whole(number: f64) -> u64 {
 pub(crate) fn wide(len: usize) -> u64 {
     u64::try_from(len).expect("a 64-bit usize is a u64")
 }
+
+/// The percentile of ascending samples, by nearest rank; 0 where there is none.
+pub(crate) fn percentile(sorted: &[u64], percent: usize) -> u64 {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0)
+}

@@ -9,11 +9,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use vattn::units::{Bytes, TokenCount};
 
 use crate::Failure;
-use crate::device::{Bench, DeviceKind};
+use crate::device::Bench;
 use crate::model::{self, Plan, Wanted};
 use crate::num::{whole, wide};
+use crate::place::{self, DeviceKind, Place};
 use crate::policy::PolicyKind;
-use crate::report::{self, Report};
+use crate::report::{self, Free, Report, Used};
 use crate::server::{Settings, serve};
 use crate::size;
 use crate::trace::{self, Trace, description};
@@ -70,9 +71,9 @@ pub(crate) struct Args {
     /// How many tokens a request can have
     #[arg(long, default_value_t = 131_072, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     max_tokens: u64,
-    /// How much physical memory may be held
-    #[arg(long, default_value = "64GiB", value_name = "SIZE", value_parser = size::parse)]
-    budget: Bytes,
+    /// How much physical memory may be held [default: 64GiB; on cuda 80 % of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    budget: Option<Bytes>,
     /// Tokens to which a step rounds up what it backs, for kernels that load whole tiles
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     tile_tokens: u32,
@@ -82,12 +83,14 @@ pub(crate) struct Args {
     /// What the generated trace grows from
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
-    /// Where the memory is
-    #[arg(long, value_enum, default_value_t = DeviceKind::Host)]
-    device: DeviceKind,
-    /// The driver's unit of allocation, a power of two
-    #[arg(long, default_value = "2MiB", value_name = "SIZE", value_parser = size::parse)]
-    granule: Bytes,
+    /// Where the memory is: cuda or cuda:N, an NVIDIA GPU; host, this machine's memory (Linux); or
+    /// ledger, nowhere: calls are counted and nothing is mapped, so that any size works anywhere
+    /// [default: cuda where there is a GPU, else host]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceKind>,
+    /// The driver's unit of allocation, a power of two; a GPU has its own [default: 2MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    granule: Option<Bytes>,
     /// How the result is shown
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
@@ -138,6 +141,8 @@ impl Args {
 /// Replays and prints. JSON is printed policy by policy, as each is done.
 pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
     let trace = args.trace()?;
+    let place = place::open(args.device)?.place;
+    let (granule, budget) = (place.granule(args.granule)?, place.budget(args.budget)?);
     let plan = model::plan(&Wanted {
         model: &args.model,
         tensor_parallel: args.tp,
@@ -145,12 +150,12 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
         max_slots: args.max_slots,
         max_tokens: TokenCount::new(args.max_tokens),
         tile_tokens: args.tile_tokens,
-        budget: args.budget,
-        granule: args.granule,
+        budget,
+        granule,
     })?;
     let mut reports = Vec::new();
     for kind in args.policies() {
-        let report = replay(args, kind, &plan, &trace)?;
+        let report = replay(args, kind, &place, granule, &plan, &trace)?;
         if args.format == Format::Json {
             writeln!(out, "{}", report.to_json()).map_err(Failure::Output)?;
         }
@@ -158,17 +163,25 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
     }
     if args.format == Format::Text {
         let source = args.trace.is_none().then(|| description(Some(trace.requests.len())));
-        out.write_all(report::text(&reports, args.budget, source.as_deref()).as_bytes())
-            .map_err(Failure::Output)?;
+        out.write_all(report::text(&reports, source.as_deref()).as_bytes()).map_err(Failure::Output)?;
     }
     out.flush().map_err(Failure::Output)?;
     let leaks: Vec<String> = reports.iter().filter_map(Report::leak).collect();
     if leaks.is_empty() { Ok(()) } else { Err(Failure::Leaked(leaks.join("; "))) }
 }
 
-fn replay(args: &Args, kind: PolicyKind, plan: &Plan, trace: &Trace) -> Result<Report, Failure> {
+fn replay(
+    args: &Args,
+    kind: PolicyKind,
+    place: &Place,
+    granule: Bytes,
+    plan: &Plan,
+    trace: &Trace,
+) -> Result<Report, Failure> {
     let start = Instant::now();
-    let bench = Bench::open(args.device, args.granule, args.budget)?;
+    let budget = plan.shape.budget();
+    let bench = Bench::open(place, granule, budget)?;
+    let before = bench.free()?;
     let mut policy = kind.build(&bench, plan)?;
     let bar = progress(policy.name(), wide(trace.requests.len()));
     let settings =
@@ -182,7 +195,13 @@ fn replay(args: &Args, kind: PolicyKind, plan: &Plan, trace: &Trace) -> Result<R
     // is still alive has leaked.
     let books = bench.books();
     tracing::debug!(policy = name, seconds = start.elapsed().as_secs_f64(), "replayed");
-    Ok(Report::new(bench.handle().info().name, name, plan, trace, &mut outcome, &books, (adopted, reclaimed)))
+    let used = Used {
+        driver: bench.handle().info().name,
+        device: place.to_string(),
+        budget,
+        free: Free { before, after: bench.free()? },
+    };
+    Ok(Report::new(used, name, plan, trace, &mut outcome, &books, (adopted, reclaimed)))
 }
 
 /// A bar on a terminal, nothing elsewhere.

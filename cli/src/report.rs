@@ -9,7 +9,7 @@ use vattn::units::Bytes;
 
 use crate::device::{Books, DriverCalls, Leaked};
 use crate::model::Plan;
-use crate::num::{float, wide};
+use crate::num::{float, percentile, wide};
 use crate::server::Outcome;
 use crate::trace::Trace;
 
@@ -40,6 +40,25 @@ pub(crate) struct Report {
     adopted: u64,
     reclaimed: u64,
     leaked: Leaked,
+    device: String,
+    budget_bytes: Bytes,
+    device_free_bytes: Free,
+}
+
+/// What a policy was given to run on.
+#[derive(Clone, Debug)]
+pub(crate) struct Used {
+    pub(crate) driver: &'static str,
+    pub(crate) device: String,
+    pub(crate) budget: Bytes,
+    pub(crate) free: Free,
+}
+
+/// What the device said was free, before the policy was made and after it was dropped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub(crate) struct Free {
+    pub(crate) before: Bytes,
+    pub(crate) after: Bytes,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
@@ -67,17 +86,14 @@ impl StepTimes {
     /// Exact, by nearest rank; sorts what it is given.
     fn of(samples: &mut [u64]) -> Self {
         samples.sort_unstable();
-        let rank = |percent: usize| {
-            let rank = (samples.len() * percent).div_ceil(100);
-            samples.get(rank.saturating_sub(1)).copied().unwrap_or(0)
-        };
+        let rank = |percent| percentile(samples, percent);
         Self { p50: rank(50), p99: rank(99), max: rank(100) }
     }
 }
 
 impl Report {
     pub(crate) fn new(
-        driver: &'static str,
+        used: Used,
         policy: &'static str,
         plan: &Plan,
         trace: &Trace,
@@ -86,7 +102,7 @@ impl Report {
         (adopted, reclaimed): (u64, u64),
     ) -> Self {
         Self {
-            driver,
+            driver: used.driver,
             policy,
             model: plan.model.clone(),
             layout: plan.config.layout().to_string(),
@@ -111,6 +127,9 @@ impl Report {
             adopted,
             reclaimed,
             leaked: books.live,
+            device: used.device,
+            budget_bytes: used.budget,
+            device_free_bytes: used.free,
         }
     }
 
@@ -167,6 +186,12 @@ const ROWS: &[&[Row]] = &[
     ],
 ];
 
+/// What is shown beside [`ROWS`] where others use the device too, so that what they do is seen.
+const ROWS_OF_A_CARD: &[Row] = &[
+    ("free on the card before, GiB", |r| gib(r.device_free_bytes.before)),
+    ("free on the card after all was given back, GiB", |r| gib(r.device_free_bytes.after)),
+];
+
 const NOTES: &str = "\
 All columns serve the same requests with the same simulated server, so they differ only in how memory
 is managed. Fewer seconds and fewer preemptions mean that more requests fitted at once. A mapped/needed
@@ -176,33 +201,35 @@ server makes each iteration. It is the only row that depends on this machine.
 ";
 
 /// The table, with a head that says what was replayed and a foot that says what it means.
-pub(crate) fn text(reports: &[Report], budget: Bytes, description: Option<&str>) -> String {
+pub(crate) fn text(reports: &[Report], description: Option<&str>) -> String {
     let Some(first) = reports.first() else { return String::new() };
+    let card = (first.driver == "cuda").then_some(ROWS_OF_A_CARD);
+    let groups = || ROWS.iter().copied().chain(card);
     let mut out = String::new();
     // Writing to a string never fails.
     let _ = writeln!(
         out,
-        "{} requests ({}) on {}, layout {}, budget {budget}, driver {}\n",
+        "{} requests ({}) on {}, layout {}, budget {}, driver {}\n",
         count(first.requests),
         first.trace,
         first.model,
         first.layout,
-        first.driver
+        first.budget_bytes,
+        first.device
     );
     if let Some(description) = description {
         let _ = writeln!(out, "The trace is generated: {description}.\n");
     }
-    let label =
-        ROWS.iter().flat_map(|group| group.iter()).map(|row| row.0.chars().count()).max().unwrap_or(0);
+    let label = groups().flatten().map(|row| row.0.chars().count()).max().unwrap_or(0);
     let width = reports.iter().map(|report| report.policy.len()).max().unwrap_or(0).max(12);
     let _ = write!(out, "{:label$}", "");
     for report in reports {
         let _ = write!(out, "  {:>width$}", report.policy);
     }
     out.push('\n');
-    for group in ROWS {
+    for group in groups() {
         let _ = writeln!(out, "{}", "-".repeat(label + reports.len() * (width + 2)));
-        for (name, value) in *group {
+        for (name, value) in group {
             let _ = write!(out, "{name:label$}");
             for report in reports {
                 let _ = write!(out, "  {:>width$}", value(report));
@@ -212,6 +239,9 @@ pub(crate) fn text(reports: &[Report], budget: Bytes, description: Option<&str>)
     }
     out.push('\n');
     out.push_str(NOTES);
+    if card.is_some() {
+        out.push_str("What is free is the card's own count, and depends on whoever else uses it.\n");
+    }
     for report in reports.iter().filter(|report| report.completed == 0 && report.rejected > 0) {
         let _ = writeln!(
             out,

@@ -102,7 +102,10 @@ fn json_has_the_promised_fields_and_nothing_else() {
                 "active_slots",
                 "adopted",
                 "reclaimed",
-                "leaked"
+                "leaked",
+                "device",
+                "budget_bytes",
+                "device_free_bytes"
             ])
         );
         let calls = ["reserve", "create", "map", "set_access", "unmap", "release"];
@@ -111,6 +114,10 @@ fn json_has_the_promised_fields_and_nothing_else() {
         assert_eq!(keys(&report["bytes"]), sorted(&["peak_needed", "peak_mapped", "peak_held"]));
         assert_eq!(keys(&report["active_slots"]), sorted(&["mean", "peak"]));
         assert_eq!(keys(&report["leaked"]), sorted(&["extents", "mappings", "reservations"]));
+        assert_eq!(keys(&report["device_free_bytes"]), sorted(&["before", "after"]));
+        assert_eq!(report["device"], "ledger");
+        assert_eq!(report["budget_bytes"], 16_u64 << 30);
+        assert_eq!(report["device_free_bytes"]["after"], report["budget_bytes"], "{report}");
         assert_eq!(report["requests"], 300);
         assert_eq!(report["completed"].as_u64().unwrap() + report["rejected"].as_u64().unwrap(), 300);
         for what in ["extents", "mappings", "reservations"] {
@@ -151,8 +158,13 @@ fn bad_arguments_are_code_2() {
         (vec!["replay", "--max-slots", "0"], "0 is not in 1.."),
         (vec!["replay", "--step-ms", "0"], "is not a time"),
         (vec!["replay", "--policy", "best"], "possible values: vattn, vattention"),
-        (vec!["replay", "--granule", "3MiB", "--policy", "paged"], "--granule is 3 MiB; a power of two"),
-        (vec!["replay", "--granule", "0"], "--granule is 0 bytes; a power of two of at least 1 byte"),
+        (vec!["replay", "--device", "gpu"], "'gpu' is not a device; write host, ledger, cuda or cuda:N"),
+        (vec!["replay", "--device", "cuda:x"], "'cuda:x' names no GPU; write cuda:0"),
+        (vec!["replay", "--device", "host", "--granule", "3MiB"], "--granule is 3 MiB; a power of two"),
+        (
+            vec!["replay", "--device", "host", "--granule", "0"],
+            "--granule is 0 bytes; a power of two of at least 1 byte",
+        ),
         (
             vec!["replay", "--budget", "0"],
             "--budget is 0 bytes; a granule of 2 MiB for each of the layout's tensors (2), 4 MiB in all, is the least",
@@ -218,7 +230,7 @@ fn help_states_distributions_and_exit_codes() {
     let output = vattn(&["replay", "--help"]);
     assert_eq!(code(&output), 0);
     let text = stdout(&output);
-    for says in ["Poisson", "log-normal", "Exit codes", "leaked", "[default: 64GiB]"] {
+    for says in ["Poisson", "log-normal", "Exit codes", "leaked", "[default: 64GiB;"] {
         assert!(text.contains(says), "{says}: {text}");
     }
 }

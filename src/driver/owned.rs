@@ -150,6 +150,20 @@ impl Reservation {
     /// inside; the driver's otherwise. [`MapError::stuck`] is what could neither be made usable nor
     /// taken away again.
     pub fn map(self: &Arc<Self>, offset: Bytes, memory: &PhysicalMemory) -> Result<Mapping, MapError> {
+        self.map_for(offset, memory, Access::ReadWrite)
+    }
+
+    /// The same, for that use alone: what is mapped at several addresses may be writable at one of
+    /// them.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map).
+    pub fn map_for(
+        self: &Arc<Self>,
+        offset: Bytes,
+        memory: &PhysicalMemory,
+        access: Access,
+    ) -> Result<Mapping, MapError> {
         let size = memory.size;
         self.driver.check_size("a mapping", size)?;
         let end = offset.checked_add(size);
@@ -170,7 +184,7 @@ impl Reservation {
         // - the handle is released only when `memory` is dropped.
         self.driver.call(Verb::Map, |driver| unsafe { driver.map(addr, size, memory.handle) })?;
         let mapping = Mapping { reservation: Arc::clone(self), addr, size, mapped: true };
-        match mapping.give_access() {
+        match mapping.give_access(access) {
             Ok(()) => Ok(mapping),
             Err(error) => Err(MapError { error, stuck: mapping.unmap().err().map(|(mapping, _)| mapping) }),
         }
@@ -312,18 +326,18 @@ impl Mapping {
         }
     }
 
-    fn give_access(&self) -> Result<()> {
+    fn give_access(&self, access: Access) -> Result<()> {
         let (addr, size) = (self.addr, self.size);
-        // SAFETY: the range is exactly the mapping made in `Reservation::map`; access is given, not taken.
+        // SAFETY: the range is exactly the mapping made in `Reservation::map_for`; access is given, not taken.
         self.reservation
             .driver
-            .call(Verb::SetAccess, |driver| unsafe { driver.set_access(addr, size, Access::ReadWrite) })
+            .call(Verb::SetAccess, |driver| unsafe { driver.set_access(addr, size, access) })
     }
 
     fn unmap_now(&self) -> Result<()> {
         let (addr, size) = (self.addr, self.size);
         // SAFETY:
-        // - the range is exactly the one mapping made in `Reservation::map`;
+        // - the range is exactly the one mapping made in `Reservation::map_for`;
         // - that nobody uses it any more is what the owner of a `Mapping` waits for before it gives it up.
         self.reservation.driver.cleanup(Verb::Unmap, |driver| unsafe { driver.unmap(addr, size) })
     }

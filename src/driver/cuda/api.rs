@@ -17,6 +17,8 @@ use crate::units::Bytes;
 
 /// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`
 pub(super) const HANDLE_TYPE_POSIX_FILE_DESCRIPTOR: u32 = 1;
+/// `CU_MEM_HANDLE_TYPE_FABRIC`
+const HANDLE_TYPE_FABRIC: u32 = 8;
 /// `CU_MEM_ALLOCATION_TYPE_PINNED`
 const ALLOCATION_TYPE_PINNED: u32 = 1;
 /// `CU_MEM_LOCATION_TYPE_DEVICE`
@@ -69,6 +71,11 @@ impl AllocationProp {
             usage: 0,
             reserved: [0; 4],
         }
+    }
+
+    /// For other machines of one NVLink fabric.
+    pub(super) fn fabric(ordinal: u32) -> Self {
+        Self { handle_types: HANDLE_TYPE_FABRIC, ..Self::new(ordinal, HandleOptions::default()) }
     }
 }
 

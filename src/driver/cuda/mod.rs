@@ -57,6 +57,7 @@ pub struct CudaOptions {
 #[derive(Debug)]
 pub struct Cuda {
     info: DriverInfo,
+    ordinal: u32,
     prop: AllocationProp,
     access: [AccessDesc; 2],
     api: &'static Api,
@@ -92,13 +93,38 @@ impl Cuda {
             DriverInfo { name: "cuda", device: Device::Cuda(ordinal), granule, options: options.handles };
         let access = [Access::Read, Access::ReadWrite].map(|access| AccessDesc::new(ordinal, access));
         drop(_entered);
-        Ok(Arc::new(Self { info, prop, access, api, events: Events::default(), context }))
+        Ok(Arc::new(Self { info, ordinal, prop, access, api, events: Events::default(), context }))
+    }
+
+    /// The device as CUDA describes it.
+    ///
+    /// # Errors
+    /// As [`devices`].
+    pub fn device(&self) -> Result<CudaDevice> {
+        device::describe(self.api, self.ordinal)
     }
 
     /// The context's number (`CUcontext`), for whoever launches kernels beside the driver.
     #[must_use]
     pub fn context(&self) -> u64 {
         self.context.number()
+    }
+
+    /// Makes memory of one granule that other machines of an NVLink fabric could import, and gives it
+    /// back: whether the system grants what [`CudaDevice::fabric`] says the device can do.
+    ///
+    /// # Errors
+    /// CUDA's refusal, such as `CUDA_ERROR_NOT_PERMITTED` where no fabric is set up.
+    pub fn try_fabric(&self) -> Result<()> {
+        let granule = self.info.granule.bytes();
+        let prop = AllocationProp::fabric(self.ordinal);
+        let mut handle = 0_u64;
+        // SAFETY: both pointers are to living values.
+        self.call(Verb::Create, Some(granule), |api| unsafe {
+            (api.mem_create)(&raw mut handle, api::size(granule), &raw const prop, 0)
+        })?;
+        // SAFETY: made the line before, and mapped nowhere.
+        self.call(Verb::Release, None, |api| unsafe { (api.mem_release)(handle) })
     }
 
     /// A call of the library, in the driver's context.
