@@ -53,12 +53,17 @@ impl KvCache {
         // What the device was seen to allow during this step, where that is less than the budget. The
         // next step asks the device anew: whoever took its memory may have given it back.
         let mut device_limit = Granules::new(u64::MAX);
+        let mut refused: Option<Error> = None;
         for attempt in 1.. {
             let planned = {
                 let mut table = self.table.lock();
                 let mut pool = self.pool.lock();
                 table.check_step(entries)?;
-                plan(&mut table, &mut pool, device_limit, entries)?
+                plan(&mut table, &mut pool, device_limit, entries)
+            };
+            let planned = match (planned, refused.take()) {
+                (Err(error), Some(cause)) => return Err(error.caused_by(cause)),
+                (planned, _) => planned?,
             };
             let Planned::Work(work) = planned else { break };
             let result = self.perform(
@@ -90,6 +95,7 @@ impl KvCache {
                     let held = self.pool.lock().held();
                     device_limit = held + free;
                     tracing::warn!(%held, %free, error = error.report(), "the device has less memory than the budget");
+                    refused = Some(error);
                 }
                 Err(error) => return Err(error.context(format!("stepping {} slots", entries.len()))),
             }
