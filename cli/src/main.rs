@@ -1,4 +1,4 @@
-//! `vattn`: replays LLM traffic on a KV cache in virtual memory.
+//! `vattn`: plans a KV cache in virtual memory, and replays LLM traffic on it.
 //!
 //! Owns the arguments' frame, errors on stderr and exit codes. Each subcommand is a module of its
 //! own and returns what is printed.
@@ -6,6 +6,7 @@
 //! | room | question |
 //! |---|---|
 //! | [`replay`] | what is replayed, on what, and in which order |
+//! | [`plan`] | what each layout costs, before anything is served |
 //! | [`trace`] | which requests |
 //! | [`server`] | what a server does with them, iteration by iteration |
 //! | [`model`] | which tensors the model's cache has |
@@ -16,6 +17,7 @@
 mod device;
 mod model;
 mod num;
+mod plan;
 mod policy;
 mod replay;
 mod report;
@@ -50,6 +52,9 @@ enum Command {
     /// Serve a trace of requests from a KV cache and report what its memory did
     #[command(long_about = replay::long_about(), after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
     Replay(replay::Args),
+    /// Tell what each layout costs on a chip: waste, mappings and their time, what fits
+    #[command(long_about = plan::long_about(), after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
+    Plan(plan::Args),
 }
 
 /// Why the program ends with something else than 0.
@@ -113,6 +118,7 @@ fn main() -> ExitCode {
         .init();
     let result = match Args::parse().command {
         Command::Replay(args) => replay::run(&args, &mut std::io::stdout().lock()),
+        Command::Plan(args) => plan::run(&args, &mut std::io::stdout().lock()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

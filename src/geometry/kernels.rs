@@ -101,25 +101,25 @@ impl Kernel {
     pub const ALL: &[Self] = &[
         Self {
             name: "fa3-decode",
-            call: "FlashAttention-3, flash_attn_with_kvcache over the batch with cache_seqlens, one new token",
+            call: "FlashAttention-3 over the batch with cache_seqlens, one new token",
             evidence: Evidence::Source,
             reads: Reads::Fa3(Fa3::One),
         },
         Self {
             name: "fa3-causal",
-            call: "the same with several new tokens and causal=True",
+            call: "FlashAttention-3 likewise, several new tokens and causal=True",
             evidence: Evidence::Source,
             reads: Reads::Fa3(Fa3::Causal),
         },
         Self {
             name: "fa3-window",
-            call: "the same with a window_size",
+            call: "FlashAttention-3 likewise, with a window_size",
             evidence: Evidence::Source,
             reads: Reads::Fa3(Fa3::Window),
         },
         Self {
             name: "fa3-view",
-            call: "FlashAttention-3 over one slot's exact view, keys[slot:slot+1, :length]",
+            call: "FlashAttention-3 over one slot's exact view, keys[i:i+1, :length]",
             evidence: Evidence::Measured,
             reads: Reads::Exact,
         },
@@ -131,13 +131,13 @@ impl Kernel {
         },
         Self {
             name: "sdpa-view",
-            call: "scaled_dot_product_attention over exact views: flash, cuDNN, efficient, math",
+            call: "PyTorch's SDPA over exact views: flash, cuDNN, efficient, math",
             evidence: Evidence::Measured,
             reads: Reads::Exact,
         },
         Self {
             name: "flashinfer",
-            call: "FlashInfer, decode and prefill, over the paged view with a page table that counts",
+            call: "FlashInfer over the paged view, its page table counting upward",
             evidence: Evidence::Measured,
             reads: Reads::Exact,
         },
