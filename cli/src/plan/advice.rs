@@ -25,7 +25,8 @@ pub(crate) struct Recommendation {
 }
 
 /// How [`recommend`] chooses, for the help.
-pub(crate) const RULE: &str = "Recommended is, of the layouts that can be used: where a token stride is cheap (h200, \
+pub(crate) const RULE: &str = "Recommended is, of the layouts that can be used and hold a request \
+    of the full context if any does: where a token stride is cheap (h200, \
     h100), the one with the fewest mappings for a prompt of 8,192 tokens among those that slow decoding by at most \
     5 %; where it is dear (gb10), the one with the shortest stride; elsewhere the one with the shortest stride whose \
     waste, at least, is within 5 % of such a prompt of what the best layout has. Keys and values in tensors of their \
@@ -33,8 +34,11 @@ pub(crate) const RULE: &str = "Recommended is, of the layouts that can be used: 
 
 /// Chooses among the layouts that can be used, by [`RULE`].
 pub(crate) fn recommend(plan: &Plan) -> Option<Recommendation> {
-    let usable: Vec<(&Row, &Cache)> =
+    let mut usable: Vec<(&Row, &Cache)> =
         plan.layouts.iter().filter_map(|row| Some((row, row.usable()?))).collect();
+    if usable.iter().any(|(_, cache)| cache.requests.full_context > 0) {
+        usable.retain(|(_, cache)| cache.requests.full_context > 0);
+    }
     let least_waste = usable.iter().map(|(_, cache)| cache.waste.least_mean_bytes).reduce(f64::min)?;
     let fits = |(row, cache): &&(&Row, &Cache)| match plan.stride() {
         Stride::Cheap => row.slower_decode_percent.is_some_and(|slower| slower <= CHEAP_PERCENT),
@@ -52,11 +56,14 @@ pub(crate) fn recommend(plan: &Plan) -> Option<Recommendation> {
         };
         (row.choice.order == KvOrder::Interleaved, first, second)
     };
-    // Somebody may have asked for layouts of which none is within the bound.
+    // Of the layouts that somebody asked for, none may be within the bound. What has the least waste
+    // always is, so the bound is that of strides.
     let within = usable.iter().filter(fits).min_by_key(order);
-    let (row, cache) = within.or_else(|| usable.iter().min_by_key(order))?;
+    let (row, cache) = within.or_else(|| usable.iter().min_by_key(|(row, _)| row.token_stride_pieces))?;
     let reason = if within.is_none() {
-        "no layout keeps within what is asked of one, and this comes closest".to_owned()
+        format!(
+            "none of these is known to decode at most {CHEAP_PERCENT} % slower, and it has the shortest stride"
+        )
     } else {
         reason(plan, row)
     };

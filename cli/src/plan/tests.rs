@@ -74,7 +74,12 @@ fn the_chip_decides_between_short_strides_and_few_mappings() {
     assert_eq!(short("--chip l40s"), "grouped:4");
     // All 61 layers in one tensor would map less, and decode more than 5 % slower.
     assert_eq!(short("--model deepseek-v3"), "grouped:32");
-    assert_eq!(recommended("--layout per-layer-interleaved"), "per-layer-interleaved");
+    // Of what was asked for, the shortest stride where none is short enough.
+    assert_eq!(short("--layout per-layer-interleaved"), "per-layer-interleaved");
+    assert_eq!(short("--model yi-34b --layout sliced-interleaved,sliced"), "sliced");
+    // One tensor for each layer rounds a full context up beyond this memory.
+    let tight = "--chip gb10 --max-tokens 1025 --memory 200MiB --layout per-layer,sliced";
+    assert_eq!(recommended(tight), "sliced");
 }
 
 #[test]
