@@ -18,7 +18,7 @@ use crate::model;
 use crate::num::{float, wide};
 
 /// Up to so many different numbers of granules are all looked at for the waste,
-pub(crate) const RANGES: u64 = 4096;
+pub(crate) const RANGES: u64 = 8192;
 /// and beyond so many lengths,
 pub(crate) const SAMPLE: u64 = 1024;
 /// or as many as take so many mappings, but a sixteenth of them at least.
