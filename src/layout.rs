@@ -31,7 +31,7 @@ use std::ops::Range;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::geometry::{Config, Dtype, KvOrder, LayoutKind, Piece};
-use crate::units::{Bytes, Device, GranuleSize, Granules, TokenCount, index};
+use crate::units::{Bytes, Device, GranuleSize, Granules, TokenCount, gcd, index};
 
 pub use crate::geometry::Part;
 
@@ -474,13 +474,6 @@ const fn number(part: Part) -> usize {
         Part::Key => 0,
         Part::Value => 1,
     }
-}
-
-const fn gcd(mut a: u64, mut b: u64) -> u64 {
-    while b != 0 {
-        (a, b) = (b, a % b);
-    }
-    a
 }
 
 #[cold]

@@ -29,6 +29,14 @@ pub(crate) const fn wide(value: usize) -> u64 {
     }
 }
 
+/// The greatest common divisor; 0 counts as a multiple of everything.
+pub(crate) const fn gcd(mut a: u64, mut b: u64) -> u64 {
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    a
+}
+
 macro_rules! count {
     ($(#[$doc:meta])* $name:ident, $unit:literal) => {
         $(#[$doc])*

@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 use std::sync::Arc;
+use std::time::Duration;
 use vattn::driver::owned::DriverHandle;
 
 use vattn::Result;
@@ -74,6 +75,11 @@ impl Bench {
     /// To make things with.
     pub(crate) fn handle(&self) -> &DriverHandle {
         &self.handle
+    }
+
+    /// How often that verb was called so far, and what its calls cost at the modelled prices.
+    pub(crate) fn spent_on(&self, verb: Verb) -> (u64, Duration) {
+        (self.checked.calls().of(verb), self.checked.modelled_of(verb))
     }
 
     /// What was counted so far, and what is alive now.

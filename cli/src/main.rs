@@ -1,4 +1,4 @@
-//! `vattn`: replays LLM traffic on a KV cache in virtual memory, and probes the memory's driver.
+//! `vattn`: plans a KV cache in virtual memory, replays LLM traffic on it, and probes the memory's driver.
 //!
 //! Owns the arguments' frame, errors on stderr and exit codes. Each subcommand is a module of its
 //! own and returns what is printed.
@@ -6,6 +6,7 @@
 //! | room | question |
 //! |---|---|
 //! | [`replay`] | what is replayed, on what, and in which order |
+//! | [`plan`] | what each layout costs, before anything is served |
 //! | [`trace`] | which requests |
 //! | [`server`] | what a server does with them, iteration by iteration |
 //! | [`model`] | which tensors the model's cache has |
@@ -19,6 +20,7 @@ mod device;
 mod model;
 mod num;
 mod place;
+mod plan;
 mod policy;
 mod probe;
 mod replay;
@@ -60,6 +62,9 @@ enum Command {
     /// Answer one question of a probe, in a process of its own
     #[command(hide = true)]
     ProbeChild(probe::ChildArgs),
+    /// Tell what each layout costs on a chip: waste, mappings and their time, what fits
+    #[command(long_about = plan::long_about(), after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
+    Plan(plan::Args),
 }
 
 /// Why the program ends with something else than 0.
@@ -128,6 +133,8 @@ fn main() -> ExitCode {
         Command::Replay(args) => replay::run(&args, &mut out),
         Command::Probe(args) => probe::run(&args, &mut out),
         Command::ProbeChild(args) => probe::answer(&args, &mut out),
+        Command::Replay(args) => replay::run(&args, &mut std::io::stdout().lock()),
+        Command::Plan(args) => plan::run(&args, &mut std::io::stdout().lock()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -48,15 +48,7 @@ pub(crate) fn plan(wanted: &Wanted<'_>) -> Result<Plan> {
         // depends on the layout, so that is planned first.
         .budget(wanted.budget.max(Bytes::new(1)))
         .build()?;
-    let granule = GranuleSize::new(wanted.granule).ok_or_else(|| {
-        Error::new(
-            ErrorKind::InvalidConfig,
-            format!(
-                "--granule is {}; a power of two of at least 1 byte is needed: use 2MiB, which CUDA has",
-                wanted.granule
-            ),
-        )
-    })?;
+    let granule = granule_size(wanted.granule)?;
     let tensors: Vec<_> = Layout::new(&config, granule, Device::Cpu)?
         .tensors()
         .iter()
@@ -79,8 +71,20 @@ pub(crate) fn plan(wanted: &Wanted<'_>) -> Result<Plan> {
     Ok(Plan { model, config, shape })
 }
 
+/// `--granule` as the unit that layouts are made for.
+pub(crate) fn granule_size(granule: Bytes) -> Result<GranuleSize> {
+    GranuleSize::new(granule).ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidConfig,
+            format!(
+                "--granule is {granule}; a power of two of at least 1 byte is needed: use 2MiB, which CUDA has"
+            ),
+        )
+    })
+}
+
 /// A preset's geometry, or that of a configuration file: whatever looks like a path is one.
-fn geometry(model: &str, ranks: u32) -> Result<(String, Geometry)> {
+pub(crate) fn geometry(model: &str, ranks: u32) -> Result<(String, Geometry)> {
     let path = Path::new(model);
     let is_file = path.components().count() > 1 || path.extension().is_some_and(|end| end == "json");
     if !is_file {

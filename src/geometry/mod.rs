@@ -1,9 +1,10 @@
 //! What a model keeps for each token, and every option of a cache.
 //!
 //! Owns the shape of a model's KV cache ([`Geometry`]: which layer keeps how many heads of how many
-//! elements) and the options that a cache is built from ([`Config`]). Both are validated when they
-//! are made, so that the rooms above need not ask again. Refuses to know where anything lies in
-//! memory (that is `layout`), what a granule is, and which driver there will be.
+//! elements), the options that a cache is built from ([`Config`]), and how far kernels read past a
+//! sequence ([`Kernel`]). Geometry and options are validated when they are made, so that the rooms
+//! above need not ask again. Refuses to know where anything lies in memory (that is `layout`), what a
+//! granule is, and which driver there will be.
 //!
 //! ```text
 //!   config.json ──► hf ──┐
@@ -23,9 +24,11 @@ use crate::units::Bytes;
 
 mod config;
 mod hf;
+mod kernels;
 mod presets;
 
 pub use config::{Commit, Config, ConfigBuilder, KvOrder, LayoutChoice, LayoutKind};
+pub use kernels::{Evidence, Kernel};
 
 /// The type of a cache's elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize)]
