@@ -121,8 +121,10 @@ impl Place {
         }
     }
 
-    /// A driver for it; a card's own is shared, with all its memory.
-    pub(crate) fn driver(&self, granule: Bytes, capacity: Bytes) -> Result<Arc<dyn Driver>> {
+    /// A driver for it; a card's own is shared, with all its memory. Any other has twice the budget, so
+    /// that it is the budget which is short and not the device, where creating would be slow.
+    pub(crate) fn driver(&self, granule: Bytes, budget: Bytes) -> Result<Arc<dyn Driver>> {
+        let capacity = budget.checked_add(budget).unwrap_or(budget);
         Ok(match self {
             Self::Host => Host::new(HostOptions::new(granule, capacity))?,
             Self::Ledger => Ledger::new(LedgerOptions { granule, capacity, addresses: None })?,

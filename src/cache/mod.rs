@@ -31,7 +31,7 @@ mod work;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::cache::work::{Planner, Work};
+use crate::cache::work::{Merging, Planner, Work};
 use crate::driver::Driver;
 use crate::driver::owned::{DriverHandle, PhysicalMemory};
 use crate::error::{Error, ErrorKind, Result};
@@ -378,7 +378,7 @@ impl KvCache {
     ) -> Work {
         let mut table = self.table.lock();
         let mut pool = self.pool.lock();
-        let mut planner = Planner::new(&mut table, &mut pool, limit);
+        let mut planner = Planner::new(&mut table, &mut pool, limit, Merging::Forbidden);
         plan(&mut planner);
         planner.finish(fences)
     }

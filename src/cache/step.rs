@@ -1,6 +1,6 @@
 //! How slots get their tokens, and what would fit.
 
-use crate::cache::work::{Planner, Work, abandon, shortage};
+use crate::cache::work::{Merging, Planner, Wanted, Work, abandon, shortage};
 use crate::cache::{Health, KvCache, SlotTokens};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Need, Pool, cover};
@@ -11,12 +11,17 @@ use crate::units::{Granules, TokenCount, wide};
 /// How often a step is planned anew because the device had less memory than was planned with.
 const ATTEMPTS: usize = 4;
 
+/// On a device with less than this share of its memory free, extents are not merged on the path.
+const FULL_DIVISOR: u64 = 16;
+
 /// What planning a step came to.
 enum Planned {
     /// No driver call was needed: it is published.
     Published,
     /// To be carried out. The named slots are busy.
     Work(Work),
+    /// Extents would be merged: the device has to be asked whether they may be.
+    Undecided,
 }
 
 impl KvCache {
@@ -53,33 +58,41 @@ impl KvCache {
         // What the device was seen to allow during this step, where that is less than the budget. The
         // next step asks the device anew: whoever took its memory may have given it back.
         let mut device_limit = Granules::new(u64::MAX);
+        let mut merging = Merging::Unknown;
         let mut refused: Option<Error> = None;
-        for attempt in 1.. {
+        let mut attempt = 1;
+        loop {
             let planned = {
                 let mut table = self.table.lock();
                 let mut pool = self.pool.lock();
                 table.check_step(entries)?;
-                plan(&mut table, &mut pool, device_limit, entries)
+                let (within, beyond): (Vec<_>, Vec<_>) =
+                    entries.iter().copied().partition(|entry| table.is_within(entry));
+                let planned = plan(&mut table, &mut pool, (device_limit, merging), &within, &beyond);
+                planned.map(|planned| (planned, within, beyond))
             };
-            let planned = match (planned, refused.take()) {
+            let (planned, within, beyond) = match (planned, refused.take()) {
                 (Err(error), Some(cause)) => return Err(error.caused_by(cause)),
                 (planned, _) => planned?,
             };
-            let Planned::Work(work) = planned else { break };
+            let work = match planned {
+                Planned::Published => break,
+                Planned::Work(work) => work,
+                Planned::Undecided => {
+                    merging = self.merging();
+                    continue;
+                }
+            };
             let result = self.perform(
                 work,
                 |table| {
-                    for entry in entries {
-                        table.set_active(entry.slot.index());
-                        table.set_tokens(entry.slot.index(), entry.tokens);
-                    }
+                    entries.iter().for_each(|entry| table.set_active(entry.slot.index()));
+                    table.set_tokens_within(&within);
+                    beyond.iter().for_each(|entry| table.set_tokens(entry.slot.index(), entry.tokens));
                 },
                 |table| {
-                    for entry in entries {
-                        let slot = entry.slot.index();
-                        table.set_active(slot);
-                        table.restore_needed(slot);
-                    }
+                    entries.iter().for_each(|entry| table.set_active(entry.slot.index()));
+                    beyond.iter().for_each(|entry| table.restore_needed(entry.slot.index()));
                 },
             );
             match result {
@@ -96,12 +109,22 @@ impl KvCache {
                     device_limit = held + free;
                     tracing::warn!(%held, %free, error = error.report(), "the device has less memory than the budget");
                     refused = Some(error);
+                    attempt += 1;
                 }
                 Err(error) => return Err(error.context(format!("stepping {} slots", entries.len()))),
             }
         }
         self.counters.steps.bump();
         Ok(())
+    }
+
+    /// Whether extents may be merged on the path: not on a device that is nearly full.
+    fn merging(&self) -> Merging {
+        match self.driver.memory_info() {
+            Ok(memory) if memory.free.get() < memory.total.get() / FULL_DIVISOR => Merging::Forbidden,
+            Ok(_) => Merging::Allowed,
+            Err(_) => Merging::Forbidden,
+        }
     }
 
     /// Which of these would succeed now, each together with those before it that would.
@@ -174,18 +197,19 @@ fn missing(table: &SlotTable, layout: &crate::layout::Layout, entry: &SlotTokens
         .sum()
 }
 
-/// Plans a checked step.
+/// Plans a checked step: of slots that stay within what they need already, and of those that go beyond.
 fn plan(
     table: &mut SlotTable,
     pool: &mut Pool,
-    device_limit: Granules,
-    entries: &[SlotTokens],
+    (device_limit, merging): (Granules, Merging),
+    within: &[SlotTokens],
+    beyond: &[SlotTokens],
 ) -> Result<Planned> {
     let layout = table.layout();
     let budget = pool.budget();
     let limit = budget.min(device_limit);
     let usable = limit.saturating_sub(table.quarantined());
-    let exact: Granules = entries.iter().map(|entry| missing(table, &layout, entry)).sum();
+    let exact: Granules = beyond.iter().map(|entry| missing(table, &layout, entry)).sum();
     let Some(left) = usable.checked_sub(table.frontier() + exact) else {
         let kind = if limit < budget { ErrorKind::OutOfDeviceMemory } else { ErrorKind::OutOfBudget };
         let cure = match kind {
@@ -195,14 +219,14 @@ fn plan(
         let what = shortage(layout.granule(), table, usable, exact);
         return Err(Error::new(
             kind,
-            format!("a step of {} slots does not fit: {what}; {cure}", entries.len()),
+            format!("a step of {} slots does not fit: {what}; {cure}", within.len() + beyond.len()),
         ));
     };
 
     let mut room = Room::new(left, budget, wide(layout.tensors().len()));
     let mut changes = Vec::new();
     let mut moves = false;
-    for entry in entries {
+    for entry in beyond {
         let slot = entry.slot.index();
         let (backed, prompt) = (layout.round_to_tile(entry.tokens), layout.round_to_tile(table.prompt(slot)));
         for (tensor, shape) in layout.tensors().iter().enumerate() {
@@ -219,25 +243,21 @@ fn plan(
         }
     }
     if !moves {
-        for entry in entries {
-            table.set_tokens(entry.slot.index(), entry.tokens);
-        }
+        table.set_tokens_within(within);
+        beyond.iter().for_each(|entry| table.set_tokens(entry.slot.index(), entry.tokens));
         return Ok(Planned::Published);
     }
 
-    for entry in entries {
-        table.set_busy(entry.slot.index());
-    }
+    let all = || within.iter().chain(beyond).map(|entry| entry.slot.index());
+    all().for_each(|slot| table.set_busy(slot));
     for (place, change) in &changes {
         let (Change::Covered { pieces: needed } | Change::Extend { keep: needed, .. }) = *change;
         table.set_needed(*place, needed);
     }
-    for entry in entries {
-        table.settle(entry.slot.index());
-    }
-    let mut planner = Planner::new(table, pool, limit);
+    beyond.iter().for_each(|entry| table.settle(entry.slot.index()));
+    let mut planner = Planner::new(table, pool, limit, merging);
     let mut classes = Vec::new();
-    let mut found = true;
+    let mut wanted = Wanted::Found;
     for (place, change) in &changes {
         if let Change::Extend { .. } = change {
             planner.clear(*place);
@@ -250,16 +270,19 @@ fn plan(
         classes.clear();
         cover(Need { from: at, to, slack, cuts: &[] }, &mut classes);
         for class in &classes {
-            found = found && planner.want(place, at, *class);
+            if wanted == Wanted::Found {
+                wanted = planner.want(place, at, *class);
+            }
             at += class.granules();
         }
     }
     let work = planner.finish(Vec::new());
-    if !found {
+    if wanted != Wanted::Found {
         abandon(work, table, pool);
-        for entry in entries {
-            table.set_active(entry.slot.index());
-            table.restore_needed(entry.slot.index());
+        all().for_each(|slot| table.set_active(slot));
+        beyond.iter().for_each(|entry| table.restore_needed(entry.slot.index()));
+        if wanted == Wanted::Undecided {
+            return Ok(Planned::Undecided);
         }
         return Err(Error::new(
             ErrorKind::Internal,

@@ -24,6 +24,19 @@ use crate::units::{GranuleSize, Granules, SizeClass, wide};
 /// Into how many smaller extents one may be split rather than made anew.
 const MOST_PARTS: u64 = 4;
 
+/// Whether free extents may be given up so that one larger than they is made.
+///
+/// Creating costs a few microseconds on a device with room, and a millisecond on one that is nearly
+/// full, where its free memory is scattered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Merging {
+    /// The device has to be asked, should it come to that.
+    Unknown,
+    Allowed,
+    /// What is wanted is made up of smaller extents, however many.
+    Forbidden,
+}
+
 /// What becomes of a piece that was taken out of its run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fate {
@@ -56,6 +69,16 @@ struct Want {
     source: Source,
 }
 
+/// What became of a wish for extents.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Wanted {
+    Found,
+    /// There is no way to come by them.
+    Missing,
+    /// Extents would be merged, and whether they may be is not known.
+    Undecided,
+}
+
 /// Everything that an operation has taken out of the books, to be done.
 #[derive(Debug, Default)]
 pub(super) struct Work {
@@ -74,6 +97,7 @@ pub(super) struct Planner<'a> {
     table: &'a mut SlotTable,
     pool: &'a mut Pool,
     limit: Granules,
+    merging: Merging,
     /// Bytes that will be released before anything is created.
     credit: Granules,
     unclaimed: [Vec<usize>; SizeClass::COUNT],
@@ -82,11 +106,17 @@ pub(super) struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     /// A planner that may hold up to `limit`.
-    pub(super) fn new(table: &'a mut SlotTable, pool: &'a mut Pool, limit: Granules) -> Self {
+    pub(super) fn new(
+        table: &'a mut SlotTable,
+        pool: &'a mut Pool,
+        limit: Granules,
+        merging: Merging,
+    ) -> Self {
         Self {
             table,
             pool,
             limit,
+            merging,
             credit: Granules::ZERO,
             unclaimed: Default::default(),
             work: Work::default(),
@@ -119,15 +149,20 @@ impl<'a> Planner<'a> {
         self.table.run(place).end()
     }
 
-    /// Extents for that place that come to one of that class; `false` if there is no way to come by
-    /// them.
-    pub(super) fn want(&mut self, place: Place, at: Granules, class: SizeClass) -> bool {
+    /// Extents for that place that come to one of that class.
+    pub(super) fn want(&mut self, place: Place, at: Granules, class: SizeClass) -> Wanted {
         // The cheapest first: what is there, what may be made, a spare extent of the right size.
-        let Some(source) = self.ready(class) else {
-            return self.want_parts(place, at, class) || self.want_resized(place, at, class);
-        };
-        self.work.wants.push(Want { place, at, source });
-        true
+        if let Some(source) = self.ready(class) {
+            self.work.wants.push(Want { place, at, source });
+            return Wanted::Found;
+        }
+        let found = self.want_parts(place, at, class)
+            || match self.merging {
+                Merging::Unknown => return Wanted::Undecided,
+                Merging::Allowed => self.want_resized(place, at, class),
+                Merging::Forbidden => self.want_pieces(place, at, class),
+            };
+        if found { Wanted::Found } else { Wanted::Missing }
     }
 
     fn ready(&mut self, class: SizeClass) -> Option<Source> {
@@ -185,6 +220,34 @@ impl<'a> Planner<'a> {
         };
         self.work.wants.push(Want { place, at, source });
         true
+    }
+
+    /// Extents of any sizes that come to that class: smaller ones that are at hand or may be made, then
+    /// the spare ones of least use, of which one that is too large is split.
+    fn want_pieces(&mut self, place: Place, mut at: Granules, class: SizeClass) -> bool {
+        let mut rest = class.granules();
+        while let Some(largest) = SizeClass::at_most(rest) {
+            let Some((class, source)) = self.at_most(largest) else {
+                if !self.release_something(Granules::new(1)) {
+                    let Some(spare) = self.table.pop_oldest() else { return false };
+                    self.take(spare);
+                }
+                continue;
+            };
+            self.work.wants.push(Want { place, at, source });
+            at += class.granules();
+            rest -= class.granules();
+        }
+        true
+    }
+
+    /// The largest extent up to that class that is at hand, else the largest that may be made.
+    fn at_most(&mut self, largest: SizeClass) -> Option<(SizeClass, Source)> {
+        let classes = || SizeClass::all().rev().filter(|class| *class <= largest);
+        classes().find_map(|class| Some((class, self.at_hand(class)?))).or_else(|| {
+            let limit = self.limit + self.credit;
+            classes().find_map(|class| Some((class, Source::Create(self.pool.promise(class, limit)?))))
+        })
     }
 
     /// Plans one release towards holding `more` than now within the limit: the free extent that suits

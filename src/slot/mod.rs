@@ -349,6 +349,17 @@ impl SlotTable {
             }
             hot.step = step;
         }
+        self.set_tokens_within(entries);
+        Quick::Done
+    }
+
+    /// Whether a slot stays within the extents that it needs already.
+    pub(crate) fn is_within(&self, entry: &SlotTokens) -> bool {
+        entry.tokens <= self.hot[index(entry.slot.index())].edge
+    }
+
+    /// Publishes the tokens of slots that stay within the extents that they need already.
+    pub(crate) fn set_tokens_within(&mut self, entries: &[SlotTokens]) {
         let mut more = 0;
         for entry in entries {
             let hot = &mut self.hot[index(entry.slot.index())];
@@ -357,7 +368,6 @@ impl SlotTable {
         }
         self.tokens += TokenCount::new(more);
         self.count_tokens();
-        Quick::Done
     }
 
     /// Keeps others away from a slot that an operation works on with no lock held.

@@ -18,7 +18,8 @@
 //!   else's context that is not the device's primary one must outlive the driver.
 //! - Each call finds its context current, or makes it so and puts the old one back. It runs in
 //!   relaxed capture mode, so that another thread's capture into a graph goes on.
-//! - A context that is gone answers [`DeviceLost`](crate::ErrorKind::DeviceLost).
+//! - A context that is gone answers [`DeviceLost`](crate::ErrorKind::DeviceLost). In one in which a
+//!   kernel faulted CUDA goes on mapping memory; there the calls on streams and events answer so.
 //! - A handle's number is CUDA's own, as are those of events and streams.
 
 #![expect(unsafe_code, reason = "calls a C library")]
