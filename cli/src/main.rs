@@ -11,14 +11,18 @@
 //! | [`model`] | which tensors the model's cache has |
 //! | [`policy`] | who manages their memory |
 //! | [`device`] | which driver is called, and what it counted |
+//! | [`series`] | what was seen over time |
 //! | [`report`] | what is shown |
+//! | [`html`] | what is shown as a page |
 
 mod device;
+mod html;
 mod model;
 mod num;
 mod policy;
 mod replay;
 mod report;
+mod series;
 mod server;
 mod size;
 mod trace;

@@ -18,49 +18,49 @@ use crate::trace::Trace;
 /// Driver calls, modelled seconds and leaks are of the policy's whole life: made, used, dropped.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
-    driver: &'static str,
-    policy: &'static str,
-    model: String,
-    layout: String,
-    trace: String,
-    requests: u64,
-    completed: u64,
-    rejected: u64,
-    preempted: u64,
+    pub(crate) driver: &'static str,
+    pub(crate) policy: &'static str,
+    pub(crate) model: String,
+    pub(crate) layout: String,
+    pub(crate) trace: String,
+    pub(crate) requests: u64,
+    pub(crate) completed: u64,
+    pub(crate) rejected: u64,
+    pub(crate) preempted: u64,
     /// Iterations of the server.
-    steps: u64,
-    simulated_seconds: f64,
-    driver_calls: DriverCalls,
-    modelled_driver_seconds: f64,
-    step_ns: StepTimes,
-    bytes: Peaks,
-    mapped_over_needed: f64,
-    held_over_needed: f64,
-    active_slots: ActiveSlots,
-    adopted: u64,
-    reclaimed: u64,
-    leaked: Leaked,
+    pub(crate) steps: u64,
+    pub(crate) simulated_seconds: f64,
+    pub(crate) driver_calls: DriverCalls,
+    pub(crate) modelled_driver_seconds: f64,
+    pub(crate) step_ns: StepTimes,
+    pub(crate) bytes: Peaks,
+    pub(crate) mapped_over_needed: f64,
+    pub(crate) held_over_needed: f64,
+    pub(crate) active_slots: ActiveSlots,
+    pub(crate) adopted: u64,
+    pub(crate) reclaimed: u64,
+    pub(crate) leaked: Leaked,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
-struct StepTimes {
-    p50: u64,
-    p99: u64,
-    max: u64,
+pub(crate) struct StepTimes {
+    pub(crate) p50: u64,
+    pub(crate) p99: u64,
+    pub(crate) max: u64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
 #[expect(clippy::struct_field_names, reason = "the names are the JSON's")]
-struct Peaks {
-    peak_needed: Bytes,
-    peak_mapped: Bytes,
-    peak_held: Bytes,
+pub(crate) struct Peaks {
+    pub(crate) peak_needed: Bytes,
+    pub(crate) peak_mapped: Bytes,
+    pub(crate) peak_held: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
-struct ActiveSlots {
-    mean: f64,
-    peak: u64,
+pub(crate) struct ActiveSlots {
+    pub(crate) mean: f64,
+    pub(crate) peak: u64,
 }
 
 impl StepTimes {
@@ -131,10 +131,11 @@ impl Report {
     }
 }
 
-type Row = (&'static str, fn(&Report) -> String);
+/// A line of the table: its name, and a policy's figure in it.
+pub(crate) type Row = (&'static str, fn(&Report) -> String);
 
 /// What the table shows, in groups.
-const ROWS: &[&[Row]] = &[
+pub(crate) const ROWS: &[&[Row]] = &[
     &[
         ("requests completed", |r| count(r.completed)),
         ("requests rejected: they could never fit", |r| count(r.rejected)),
@@ -167,7 +168,8 @@ const ROWS: &[&[Row]] = &[
     ],
 ];
 
-const NOTES: &str = "\
+/// What the figures mean.
+pub(crate) const NOTES: &str = "\
 All columns serve the same requests with the same simulated server, so they differ only in how memory
 is managed. Fewer seconds and fewer preemptions mean that more requests fitted at once. A mapped/needed
 of 1.00 would waste nothing. Driver time is what the calls cost where they were measured, on an H200;
@@ -222,11 +224,13 @@ pub(crate) fn text(reports: &[Report], budget: Bytes, description: Option<&str>)
     out
 }
 
-fn gib(bytes: Bytes) -> String {
+/// In GiB, without the unit.
+pub(crate) fn gib(bytes: Bytes) -> String {
     format!("{:.2}", float(bytes.get()) / float(1 << 30))
 }
 
-fn micros(nanoseconds: u64) -> String {
+/// In µs, without the unit.
+pub(crate) fn micros(nanoseconds: u64) -> String {
     format!("{:.2}", float(nanoseconds) / 1e3)
 }
 

@@ -13,7 +13,7 @@
 //!    the policy over all of them, in order of admission. Where that does not fit, the latest
 //!    admitted is preempted (queued again at the head, its tokens so far being its prompt) and the
 //!    step is tried again.
-//! 5. Memory and active requests are sampled.
+//! 5. Memory and active requests are sampled; who watches is told when the iteration is over.
 //! 6. Requests that have all their tokens are retired.
 //!
 //! With nothing active or queued, time jumps to the next arrival, to the nanosecond. Such a jump
@@ -28,7 +28,7 @@ use std::time::Instant;
 
 use vattn::units::{Bytes, TokenCount};
 use vattn::{Error, ErrorKind, Result};
-use vattn_baselines::{Policy, RequestId};
+use vattn_baselines::{Policy, RequestId, Usage};
 
 use crate::num::{float, float_wide, wide};
 use crate::trace::Request;
@@ -65,6 +65,33 @@ pub(crate) struct Outcome {
     pub(crate) step_ns: Vec<u64>,
 }
 
+/// What who watches is told of an iteration, or of the moment from which nobody is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Sample {
+    /// Nanoseconds from the first arrival to the start of the iteration.
+    pub(crate) at: u64,
+    pub(crate) pace: Pace,
+    pub(crate) usage: Usage,
+    /// Requests that have a slot.
+    pub(crate) active: u64,
+    /// Requests that have arrived and have none.
+    pub(crate) waiting: u64,
+}
+
+/// What kind of moment it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Pace {
+    /// No iteration: nobody is there.
+    Idle,
+    /// An iteration in which nobody was past the prefill.
+    Prefill,
+    /// An iteration with a step of the policy, and its wall nanoseconds.
+    Step(u64),
+}
+
+/// Who watches.
+pub(crate) type Watch<'a> = &'a mut dyn FnMut(&Sample);
+
 /// An admitted request that is not done.
 #[derive(Clone, Copy, Debug)]
 struct Active {
@@ -100,7 +127,7 @@ struct Server<'a> {
 }
 
 /// Serves all requests, which are sorted by arrival. `progress` hears how many are done with,
-/// whenever that changes.
+/// whenever that changes; `watch`, if there is one, hears of every iteration.
 ///
 /// # Errors
 /// The policy's, or its breach of contract: a request that it says it can hold does not fit alone.
@@ -109,6 +136,7 @@ pub(crate) fn serve(
     requests: &[Request],
     settings: Settings,
     progress: &mut dyn FnMut(u64),
+    mut watch: Option<Watch<'_>>,
 ) -> Result<Outcome> {
     let mut server = Server {
         policy,
@@ -127,7 +155,13 @@ pub(crate) fn serve(
     let mut done = 0;
     loop {
         if server.active.is_empty() && server.queue.is_empty() {
-            let Some(request) = requests.get(next) else { break };
+            let request = requests.get(next);
+            if let Some(watch) = &mut watch
+                && request.is_none_or(|request| request.arrival > now)
+            {
+                watch(&server.moment(now, Pace::Idle));
+            }
+            let Some(request) = request else { break };
             now = now.max(request.arrival);
         }
         while let Some(request) = requests.get(next).filter(|request| request.arrival <= now) {
@@ -140,7 +174,10 @@ pub(crate) fn serve(
         server.admit()?;
         // Everything that had arrived may have been rejected.
         if !server.active.is_empty() {
-            server.iterate()?;
+            let sample = server.iterate(now)?;
+            if let Some(watch) = &mut watch {
+                watch(&sample);
+            }
             now = now.checked_add(settings.step).ok_or_else(|| server.too_long())?;
         }
         let ended = server.outcome.completed + server.outcome.rejected;
@@ -177,7 +214,7 @@ impl Server<'_> {
         Ok(())
     }
 
-    fn iterate(&mut self) -> Result<()> {
+    fn iterate(&mut self, now: u64) -> Result<Sample> {
         let past = self.decoding.len();
         // A token must not come to a request whose prefill ends now, so it joins after the step.
         let mut joins = false;
@@ -185,9 +222,7 @@ impl Server<'_> {
             active.prefill -= 1;
             joins = active.prefill == 0;
         }
-        if past > 0 {
-            self.grow()?;
-        }
+        let pace = if past > 0 { Pace::Step(self.grow()?) } else { Pace::Prefill };
         let past = self.decoding.len();
         let mut finished = false;
         for active in &mut self.active[..past] {
@@ -195,7 +230,7 @@ impl Server<'_> {
             active.left -= 1;
             finished |= active.left == 0;
         }
-        self.sample();
+        let sample = self.sample(now, pace);
         // A preemption may have taken the one whose prefill ended.
         if joins && let Some(active) = self.active.get(past).filter(|active| active.prefill == 0) {
             self.decoding.push((active.id, TokenCount::new(active.tokens + 1)));
@@ -208,11 +243,11 @@ impl Server<'_> {
             self.retire_finished()?;
         }
         self.outcome.iterations += 1;
-        Ok(())
+        Ok(sample)
     }
 
-    /// One step of everybody who decodes, with as many preemptions as it takes.
-    fn grow(&mut self) -> Result<()> {
+    /// One step of everybody who decodes, with as many preemptions as it takes, and its wall time.
+    fn grow(&mut self) -> Result<u64> {
         let start = Instant::now();
         while !self.decoding.is_empty() && !self.policy.step(&self.decoding)? {
             let last = self.active.pop().expect("those who decode are active");
@@ -224,21 +259,34 @@ impl Server<'_> {
             self.queue.push_front(Waiting { id: last.id, prompt: last.tokens, left: last.left });
             self.outcome.preempted += 1;
         }
-        self.outcome.step_ns.push(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX));
-        Ok(())
+        let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.outcome.step_ns.push(ns);
+        Ok(ns)
     }
 
-    fn sample(&mut self) {
-        let usage = self.policy.usage();
+    fn moment(&self, at: u64, pace: Pace) -> Sample {
+        Sample {
+            at,
+            pace,
+            usage: self.policy.usage(),
+            active: wide(self.active.len()),
+            waiting: wide(self.queue.len()),
+        }
+    }
+
+    fn sample(&mut self, now: u64, pace: Pace) -> Sample {
+        let sample = self.moment(now, pace);
+        let (usage, active) = (sample.usage, sample.active);
         let outcome = &mut self.outcome;
         outcome.peak_needed = outcome.peak_needed.max(usage.needed);
         outcome.peak_mapped = outcome.peak_mapped.max(usage.mapped);
         outcome.peak_held = outcome.peak_held.max(usage.held);
-        outcome.peak_active = outcome.peak_active.max(wide(self.active.len()));
+        outcome.peak_active = outcome.peak_active.max(active);
         self.needed += u128::from(usage.needed.get());
         self.mapped += u128::from(usage.mapped.get());
         self.held += u128::from(usage.held.get());
-        self.active_sum += u128::from(wide(self.active.len()));
+        self.active_sum += u128::from(active);
+        sample
     }
 
     /// Retires whoever decodes and has nothing left, and closes the gaps in order.
