@@ -111,7 +111,7 @@ struct Waiting {
     left: u64,
 }
 
-struct Server<'a> {
+struct Server<'a, 'w> {
     policy: &'a mut dyn Policy,
     settings: Settings,
     queue: VecDeque<Waiting>,
@@ -119,6 +119,7 @@ struct Server<'a> {
     /// The first of `active`, those past their prefill, with the totals of the next step.
     decoding: Vec<(RequestId, TokenCount)>,
     outcome: Outcome,
+    watch: Option<Watch<'w>>,
     /// Sums over iterations, of bytes and of requests.
     needed: u128,
     mapped: u128,
@@ -136,7 +137,7 @@ pub(crate) fn serve(
     requests: &[Request],
     settings: Settings,
     progress: &mut dyn FnMut(u64),
-    mut watch: Option<Watch<'_>>,
+    watch: Option<Watch<'_>>,
 ) -> Result<Outcome> {
     let mut server = Server {
         policy,
@@ -145,6 +146,7 @@ pub(crate) fn serve(
         active: Vec::new(),
         decoding: Vec::new(),
         outcome: Outcome::default(),
+        watch,
         needed: 0,
         mapped: 0,
         held: 0,
@@ -156,10 +158,9 @@ pub(crate) fn serve(
     loop {
         if server.active.is_empty() && server.queue.is_empty() {
             let request = requests.get(next);
-            if let Some(watch) = &mut watch
-                && request.is_none_or(|request| request.arrival > now)
-            {
-                watch(&server.moment(now, Pace::Idle));
+            if request.is_none_or(|request| request.arrival > now) {
+                let seen = server.seen(now, Pace::Idle);
+                server.tell(seen);
             }
             let Some(request) = request else { break };
             now = now.max(request.arrival);
@@ -174,10 +175,7 @@ pub(crate) fn serve(
         server.admit()?;
         // Everything that had arrived may have been rejected.
         if !server.active.is_empty() {
-            let sample = server.iterate(now)?;
-            if let Some(watch) = &mut watch {
-                watch(&sample);
-            }
+            server.iterate(now)?;
             now = now.checked_add(settings.step).ok_or_else(|| server.too_long())?;
         }
         let ended = server.outcome.completed + server.outcome.rejected;
@@ -189,7 +187,7 @@ pub(crate) fn serve(
     Ok(server.finish(now))
 }
 
-impl Server<'_> {
+impl Server<'_, '_> {
     fn arrive(&mut self, id: RequestId, request: &Request) {
         let total = request.prompt + request.output;
         if total > self.settings.max_tokens || !self.policy.can_ever_hold(TokenCount::new(total)) {
@@ -214,7 +212,7 @@ impl Server<'_> {
         Ok(())
     }
 
-    fn iterate(&mut self, now: u64) -> Result<Sample> {
+    fn iterate(&mut self, now: u64) -> Result<()> {
         let past = self.decoding.len();
         // A token must not come to a request whose prefill ends now, so it joins after the step.
         let mut joins = false;
@@ -230,7 +228,8 @@ impl Server<'_> {
             active.left -= 1;
             finished |= active.left == 0;
         }
-        let sample = self.sample(now, pace);
+        self.sample();
+        let seen = self.seen(now, pace);
         // A preemption may have taken the one whose prefill ended.
         if joins && let Some(active) = self.active.get(past).filter(|active| active.prefill == 0) {
             self.decoding.push((active.id, TokenCount::new(active.tokens + 1)));
@@ -243,7 +242,8 @@ impl Server<'_> {
             self.retire_finished()?;
         }
         self.outcome.iterations += 1;
-        Ok(sample)
+        self.tell(seen);
+        Ok(())
     }
 
     /// One step of everybody who decodes, with as many preemptions as it takes, and its wall time.
@@ -264,29 +264,34 @@ impl Server<'_> {
         Ok(ns)
     }
 
-    fn moment(&self, at: u64, pace: Pace) -> Sample {
-        Sample {
+    /// What there is to tell, if somebody watches.
+    fn seen(&self, at: u64, pace: Pace) -> Option<Sample> {
+        self.watch.is_some().then(|| Sample {
             at,
             pace,
             usage: self.policy.usage(),
             active: wide(self.active.len()),
             waiting: wide(self.queue.len()),
+        })
+    }
+
+    fn tell(&mut self, seen: Option<Sample>) {
+        if let (Some(watch), Some(seen)) = (&mut self.watch, seen) {
+            watch(&seen);
         }
     }
 
-    fn sample(&mut self, now: u64, pace: Pace) -> Sample {
-        let sample = self.moment(now, pace);
-        let (usage, active) = (sample.usage, sample.active);
+    fn sample(&mut self) {
+        let usage = self.policy.usage();
         let outcome = &mut self.outcome;
         outcome.peak_needed = outcome.peak_needed.max(usage.needed);
         outcome.peak_mapped = outcome.peak_mapped.max(usage.mapped);
         outcome.peak_held = outcome.peak_held.max(usage.held);
-        outcome.peak_active = outcome.peak_active.max(active);
+        outcome.peak_active = outcome.peak_active.max(wide(self.active.len()));
         self.needed += u128::from(usage.needed.get());
         self.mapped += u128::from(usage.mapped.get());
         self.held += u128::from(usage.held.get());
-        self.active_sum += u128::from(active);
-        sample
+        self.active_sum += u128::from(wide(self.active.len()));
     }
 
     /// Retires whoever decodes and has nothing left, and closes the gaps in order.
