@@ -13,9 +13,10 @@ use vattn::units::{Bytes, Device, TokenCount};
 use vattn::{Error, ErrorKind, Fence, KvCache, Result, SlotTokens};
 
 use super::chip::{ADDRESS_LIMIT, Chip, RESERVATION_LIMIT};
-use crate::device::{Bench, DeviceKind};
+use crate::device::Bench;
 use crate::model;
 use crate::num::{float, wide};
+use crate::place::Place;
 
 /// Up to so many different numbers of granules are all looked at for the waste,
 pub(crate) const RANGES: u64 = 8192;
@@ -194,7 +195,7 @@ struct Probe {
 
 fn open(config: &Config, granule: Bytes) -> Result<Probe> {
     let budget = config.budget().unwrap_or_default();
-    let bench = Bench::open(DeviceKind::Ledger, granule, budget)?;
+    let bench = Bench::open(&Place::Ledger, granule, budget)?;
     let cache = KvCache::new(config.clone(), bench.driver())?;
     Ok(Probe { cache, bench })
 }
