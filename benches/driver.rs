@@ -23,8 +23,6 @@ use vattn::driver::{Access, RawHandle};
 use vattn::units::{Bytes, DeviceAddr};
 
 const SIZES: [u64; 6] = [2, 8, 32, 64, 128, 512];
-/// Cycles in a sample at most: a call of a microsecond stands in a cycle of up to half a millisecond.
-const MOST_CYCLES: u64 = 100;
 
 /// One part of the cycle.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -92,13 +90,7 @@ fn driver_calls(c: &mut Criterion, target: &Target) {
         for size in SIZES.map(Bytes::mib) {
             let addr = target.bare.reserve(size);
             group.bench_function(BenchmarkId::from_parameter(size), |b| {
-                b.iter_custom(|times| {
-                    let cycles = times.min(MOST_CYCLES);
-                    let took: Duration = (0..cycles).map(|_| cycle(target, addr, size, part)).sum();
-                    took.mul_f64(
-                        f64::from(u32::try_from(times).unwrap()) / f64::from(u32::try_from(cycles).unwrap()),
-                    )
-                });
+                b.iter_custom(|times| (0..times).map(|_| cycle(target, addr, size, part)).sum());
             });
             target.bare.free(addr, size);
         }
@@ -112,6 +104,8 @@ fn main() {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(100))
         .measurement_time(Duration::from_millis(500))
+        .nresamples(10_000)
+        .without_plots()
         .configure_from_args();
     for target in targets(test) {
         println!("{}: {}", target.name, target.what);

@@ -6,14 +6,13 @@
 //! itself, in its order. Then the first 100 requests of a trace come in, 25 ms an iteration, as many at
 //! once as their times say.
 
-use std::time::Duration;
-
 use vattn::error::Verb;
 use vattn::geometry::{Commit, LayoutChoice, LayoutKind};
 use vattn::units::Bytes;
-use vattn::{Config, Fence, KvCache, SlotTokens};
+use vattn::{Config, KvCache};
 
 use crate::recorder::{Call, Recorder};
+use crate::server::{self, Vattn};
 use crate::table::{Cell, Table};
 use crate::timing::{Samples, ratio};
 use crate::trace::{self, Request};
@@ -22,7 +21,6 @@ use crate::{Arc, Bench, LAYOUTS, calls, llama, tokens, wide};
 const BUDGET: Bytes = Bytes::gib(120);
 const MOST: f64 = 1.1;
 const REQUESTS: usize = 100;
-const ITERATION: Duration = Duration::from_millis(25);
 
 pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
     let budget = bench.budget(if bench.test { Bytes::gib(2) } else { BUDGET });
@@ -33,11 +31,11 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
             "budget",
             "extents",
             "ours µs",
-            "p10",
-            "p90",
+            "ours p10",
+            "ours p90",
             "bare µs",
-            "p10 ",
-            "p90 ",
+            "bare p10",
+            "bare p90",
             "ours/bare",
             "goal",
             "runs",
@@ -45,13 +43,15 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
     );
     let (name, requests) = trace::first(if bench.test { 10 } else { REQUESTS });
     let mut served = Table::new(
-        format!("Then {name}"),
+        format!("Then come {name}"),
         &[
             "layout",
+            "served",
             "most at once",
-            "steps",
-            "median step µs",
-            "worst µs",
+            "admission µs",
+            "worst admission",
+            "step µs",
+            "worst step",
             "maps",
             "unmaps",
             "creates",
@@ -119,12 +119,6 @@ fn start(bench: &Bench<'_>, name: &str, layout: LayoutChoice, budget: Bytes, car
     ]
 }
 
-/// A request that has a slot.
-struct Active {
-    entry: SlotTokens,
-    left: u64,
-}
-
 fn serve(
     bench: &Bench<'_>,
     name: &str,
@@ -132,44 +126,22 @@ fn serve(
     budget: Bytes,
     requests: &[Request],
     card: bool,
-) -> [Cell; 11] {
+) -> [Cell; 13] {
     let cache = KvCache::new(config(layout, budget), Arc::clone(&bench.target.driver)).unwrap();
     let before = cache.snapshot();
-    let (mut active, mut most, mut steps) = (Vec::<Active>::new(), 0, Samples::default());
-    let (mut waiting, mut now) = (requests.iter().peekable(), Duration::ZERO);
-    while !active.is_empty() || waiting.peek().is_some() {
-        if active.is_empty() {
-            now = now.max(waiting.peek().map_or(now, |next| next.arrival));
-        }
-        while let Some(next) = waiting.next_if(|next| next.arrival <= now) {
-            let slot = cache.acquire(tokens(next.prompt), None).unwrap();
-            let entry = SlotTokens::new(slot, tokens(next.prompt));
-            steps.time(|| cache.step(&[entry])).unwrap();
-            active.push(Active { entry, left: next.output });
-        }
-        most = most.max(active.len());
-        let mut entries: Vec<_> = active.iter().map(|request| request.entry).collect();
-        for (entry, request) in entries.iter_mut().zip(&mut active) {
-            entry.tokens += tokens(1);
-            request.entry.tokens = entry.tokens;
-            request.left = request.left.saturating_sub(1);
-        }
-        steps.time(|| cache.step(&entries)).unwrap();
-        for done in active.extract_if(.., |request| request.left == 0) {
-            cache.retire(done.entry.slot, &[Fence::Idle]).unwrap();
-        }
-        now += ITERATION;
-    }
+    let done = server::serve(&mut Vattn::new(&cache), requests, &bench.limit);
     let after = cache.snapshot();
     let made = |verb| after.driver[&verb].calls - before.driver[&verb].calls;
     let resized = after.events.resized - before.events.resized;
     let (creates, releases) = (made(Verb::Create), made(Verb::Release));
     [
         Cell::text(name),
-        Cell::Count(wide(most)),
-        Cell::Count(wide(steps.count())),
-        Cell::Time(steps.median()),
-        Cell::Time(steps.max()),
+        Cell::Count(wide(done.completed)),
+        Cell::Count(wide(done.most_at_once)),
+        Cell::Time(done.admissions.median()),
+        Cell::Time(done.admissions.max()),
+        Cell::Time(done.steps.median()),
+        Cell::Time(done.steps.max()),
         Cell::Count(made(Verb::Map)),
         Cell::Count(made(Verb::Unmap)),
         Cell::Count(creates),

@@ -29,18 +29,19 @@ const STEPS: usize = 1_500;
 /// For each of the eight rows.
 const SECONDS: u64 = 7;
 
-const COLUMNS: [&str; 17] = [
+const COLUMNS: [&str; 18] = [
     "card",
     "committed",
     "load %",
-    "filling: worst µs",
-    "creates",
-    "median step µs",
+    "card full %",
+    "worst filling µs",
+    "creates filling",
+    "step µs",
     "p99",
     "worst µs",
     "maps",
     "unmaps",
-    "creates ",
+    "creates",
     "releases",
     "merged",
     "split",
@@ -125,19 +126,22 @@ impl Phase {
 }
 
 struct Done {
+    /// Of the device's memory, at the end.
+    percent: u64,
     filling: Phase,
     serving: Phase,
     preempted: u64,
 }
 
 impl Done {
-    fn cells(&self, bench: &Bench<'_>, card: &str, committed: &str, load: u64) -> [Cell; 17] {
+    fn cells(&self, bench: &Bench<'_>, card: &str, committed: &str, load: u64) -> [Cell; 18] {
         let serving = &self.serving;
         let asked = bench.target.is_card() && card == "scattered";
         [
             Cell::text(card),
             Cell::text(committed),
             Cell::Count(load),
+            Cell::Count(self.percent),
             Cell::Time(self.filling.steps.max()),
             Cell::Count(self.filling.creates),
             Cell::Time(serving.steps.median()),
@@ -180,7 +184,7 @@ fn churn(bench: &Bench<'_>, budget: Bytes, commit: Commit, load: u64) -> Done {
     let row = cache.layout().bytes_per_token();
     let limit = Limit::seconds(SECONDS);
     let steps = if bench.test { 20 } else { STEPS };
-    let mut done = Done { filling: Phase::default(), serving: Phase::default(), preempted: 0 };
+    let mut done = Done { percent: 0, filling: Phase::default(), serving: Phase::default(), preempted: 0 };
     let (mut active, mut number, mut full) = (Vec::<Active>::new(), 0, false);
     while done.serving.steps.count() < steps && !limit.is_over() {
         loop {
@@ -224,5 +228,7 @@ fn churn(bench: &Bench<'_>, budget: Bytes, commit: Commit, load: u64) -> Done {
             cache.retire(gone.entry.slot, &[Fence::Idle]).unwrap();
         }
     }
+    let memory = bench.target.driver.memory_info().unwrap();
+    done.percent = 100 - memory.free.get() * 100 / memory.total.get();
     done
 }

@@ -26,10 +26,12 @@ mod full;
 mod prompts;
 mod recorder;
 mod reserve;
+mod server;
 mod steps;
 mod table;
 mod timing;
 mod trace;
+mod traces;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -66,12 +68,13 @@ struct Scenario {
     run: fn(&Bench<'_>) -> Vec<Table>,
 }
 
-const SCENARIOS: [Scenario; 6] = [
+const SCENARIOS: [Scenario; 7] = [
     Scenario { name: "prompts", seconds: 90, run: prompts::run },
     Scenario { name: "adopt", seconds: 10, run: adopt::run },
     Scenario { name: "reserve", seconds: 10, run: reserve::run },
     Scenario { name: "steps", seconds: 15, run: steps::run },
     Scenario { name: "commit", seconds: 40, run: commit::run },
+    Scenario { name: "traces", seconds: 30, run: traces::run },
     Scenario { name: "full", seconds: 65, run: full::run },
 ];
 

@@ -17,12 +17,12 @@ use vattn::layout::Layout;
 use vattn::stats::Counters;
 use vattn::units::Bytes;
 use vattn::{Config, Fence, KvCache, SlotTokens};
-use vattn_baselines::{Mapping, Policy, RequestId, Shape, TensorShape, Vattention};
+use vattn_baselines::{Mapping, Policy, RequestId, Vattention};
 
 use crate::recorder::{Plan, Recorder};
 use crate::table::{Cell, Table};
 use crate::timing::{Samples, ratio};
-use crate::{Arc, Bench, LAYOUTS, calls, llama, tokens, wide};
+use crate::{Arc, Bench, LAYOUTS, calls, llama, tokens, traces, wide};
 use vattn::driver::owned::DriverHandle;
 
 const LENGTHS: [u64; 8] = [1_024, 8_192, 32_768, 131_072, 1_000, 8_111, 30_011, 120_007];
@@ -39,16 +39,16 @@ const COLUMNS: [&str; 17] = [
     "mappings",
     "created",
     "ours µs",
-    "p10",
-    "p90",
+    "ours p10",
+    "ours p90",
     "bare µs",
-    "p10 ",
-    "p90 ",
+    "bare p10",
+    "bare p90",
     "ours/bare",
     "goal",
     "vattention µs",
     "times faster",
-    "goal ",
+    "goal of the factor",
     "runs",
 ];
 
@@ -183,12 +183,11 @@ fn measure(bench: &Bench<'_>, length: u64, layout: LayoutChoice, warm: bool) -> 
 /// The time to admit a prompt, its pages being at hand and unmapped.
 fn vattention(bench: &Bench<'_>, length: u64) -> Samples {
     let driver = &bench.target.driver;
-    let layout = LAYOUTS[2].1;
-    let layout = Layout::new(&config(layout, BUDGET), driver.info().granule, driver.info().device).unwrap();
-    let shapes =
-        layout.tensors().iter().map(|tensor| TensorShape { row: tensor.row(), stride: tensor.slot_stride() });
-    let held = layout.granule().to_bytes(layout.granules_for(tokens(length)));
-    let shape = Shape::new(shapes.collect(), 1, tokens(MOST_TOKENS), tokens(1), held).unwrap();
+    let (layout, granule) = (LAYOUTS[2].1, driver.info().granule);
+    let layout_of_all = Layout::new(&config(layout, BUDGET), granule, driver.info().device).unwrap();
+    // A pool of exactly this prompt.
+    let held = granule.to_bytes(layout_of_all.granules_for(tokens(length)));
+    let shape = traces::shape(bench, &config(layout, held));
     let handle = DriverHandle::new(Arc::clone(driver), Arc::new(Counters::default()));
     let mut policy = Vattention::new(&handle, &shape, Mapping::Synchronous).unwrap();
     let (mut samples, request) = (Samples::default(), RequestId::new(0));
