@@ -46,6 +46,7 @@ mkdir -p benches/record
         printf '| %s | %.0f | %.0f | %.0f |\n' "$name" "$(median "$estimates" point_estimate)" \
             "$(median "$estimates" lower_bound)" "$(median "$estimates" upper_bound)"
     done | sort -V
+    echo
     cat "$scenarios"
 } >"$out"
 echo "$out"
