@@ -4,7 +4,8 @@
 //! byte, so few large extents are cheap and many granules are dear. `create`, `map`, `set access`,
 //! `unmap` and `release` are timed each on its own in the cycle of one handle; `map and set access` is
 //! the pair that a warm mapping takes, bare and through the library's driver, which finds its context
-//! and keeps other threads' captures going.
+//! and keeps other threads' captures going. On a card `create` follows upon the release of the cycle
+//! before, as on a server that gives memory back and takes it again; `create after a pause` does not.
 //!
 //! `VATTN_BENCH_DEVICE` names one device; see `common/devices.rs`. Sizes end at 512 MiB, the largest
 //! extent. Nothing is touched, so the host takes no memory either.
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use common::bare::Bare;
 use common::devices::{Target, targets};
+use common::pause;
 use criterion::{BenchmarkId, Criterion};
 use vattn::driver::{Access, RawHandle};
 use vattn::units::{Bytes, DeviceAddr};
@@ -28,6 +30,7 @@ const SIZES: [u64; 6] = [2, 8, 32, 64, 128, 512];
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Timed {
     Create,
+    CreateAfterAPause,
     Map,
     SetAccess,
     MapAndSetAccess,
@@ -36,8 +39,9 @@ enum Timed {
     Release,
 }
 
-const ALL: [(&str, Timed); 7] = [
+const ALL: [(&str, Timed); 8] = [
     ("create", Timed::Create),
+    ("create after a pause", Timed::CreateAfterAPause),
     ("map", Timed::Map),
     ("set access", Timed::SetAccess),
     ("map and set access", Timed::MapAndSetAccess),
@@ -59,7 +63,10 @@ fn cycle(target: &Target, addr: DeviceAddr, size: Bytes, part: Timed) -> Duratio
         }
     };
     let mut handle = RawHandle(0);
-    timed(&[Timed::Create], &mut || handle = bare.create(size));
+    if part == Timed::CreateAfterAPause {
+        pause::after_release(size);
+    }
+    timed(&[Timed::Create, Timed::CreateAfterAPause], &mut || handle = bare.create(size));
     match part {
         Timed::MapAndSetAccess => timed(&[part], &mut || usable(bare, addr, size, handle)),
         Timed::ThroughTheDriver => timed(&[part], &mut || {
@@ -86,6 +93,9 @@ fn usable(bare: &Bare, addr: DeviceAddr, size: Bytes, handle: RawHandle) {
 
 fn driver_calls(c: &mut Criterion, target: &Target) {
     for (name, part) in ALL {
+        if part == Timed::CreateAfterAPause && !target.is_card() {
+            continue;
+        }
         let mut group = c.benchmark_group(format!("{}/{name}", target.name));
         for size in SIZES.map(Bytes::mib) {
             let addr = target.bare.reserve(size);

@@ -6,8 +6,8 @@
 //! twentieth of the card, is the cache's budget. Requests of 40 to 3,600 tokens come and go so that their
 //! tokens fill a share of it. The same is done on an empty card at the same budget.
 //!
-//! `merged` are extents created in a step that released a smaller one for it, `split` those in one that
-//! released only larger ones. The filling up, until the load is reached for the first time, is told
+//! `merged` are extents that a step created out of smaller ones that it released for them, `split` those
+//! that it created out of a larger one; see [`resizes`]. The filling up, until the load is reached for the first time, is told
 //! apart from what follows.
 
 use std::collections::HashMap;
@@ -18,6 +18,7 @@ use vattn::units::Bytes;
 use vattn::{Config, ErrorKind, Fence, KvCache, SlotTokens};
 
 use crate::recorder::{Call, Recorder};
+use crate::resizes::{self, Resizes, resizes};
 use crate::table::{Cell, Table};
 use crate::timing::{Limit, Samples};
 use crate::{Arc, Bench, LAYOUTS, llama, tokens, trace, wide};
@@ -51,6 +52,9 @@ const COLUMNS: [&str; 18] = [
 ];
 
 pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
+    if bench.test {
+        resizes::check();
+    }
     let bare = &bench.target.bare;
     let total = bench.target.driver.memory_info().unwrap().total;
     let most = if bench.test { 1_024 } else { usize::MAX };
@@ -96,14 +100,14 @@ struct Phase {
     unmaps: u64,
     creates: u64,
     releases: u64,
-    merged: u64,
-    split: u64,
+    resizes: Resizes,
 }
 
 impl Phase {
     /// Enters the calls of one step.
-    fn enter(&mut self, recorded: &[Call], sizes: &mut HashMap<RawHandle, Bytes>) {
-        let mut released = Vec::new();
+    fn enter(&mut self, recorded: &[Call], sizes: &mut HashMap<RawHandle, Bytes>, budget: Bytes) {
+        let room = budget - sizes.values().copied().sum();
+        let (mut released, mut created) = (Vec::new(), Vec::new());
         for call in recorded {
             match *call {
                 Call::Map { .. } => self.maps += 1,
@@ -116,12 +120,11 @@ impl Phase {
                 Call::Create { size, handle } => {
                     self.creates += 1;
                     sizes.insert(handle, size);
-                    let smaller = released.iter().any(|released| *released < size);
-                    self.merged += u64::from(smaller);
-                    self.split += u64::from(!smaller && !released.is_empty());
+                    created.push(size);
                 }
             }
         }
+        self.resizes += resizes(released, created, room);
     }
 }
 
@@ -151,9 +154,9 @@ impl Done {
             Cell::Count(serving.unmaps),
             Cell::Count(serving.creates),
             Cell::Count(serving.releases),
-            Cell::Count(serving.merged),
-            Cell::Count(serving.split),
-            Cell::goal(asked, "none merged", serving.merged == 0),
+            Cell::Count(serving.resizes.merged),
+            Cell::Count(serving.resizes.split),
+            Cell::goal(asked, "none merged", serving.resizes.merged == 0),
             Cell::Count(self.preempted),
             Cell::Count(wide(serving.steps.count())),
         ]
@@ -178,7 +181,8 @@ fn churn(bench: &Bench<'_>, budget: Bytes, commit: Commit, load: u64) -> Done {
         .unwrap();
     let (cache, recorded) = recorder.record(|| KvCache::new(config, recorder.clone()).unwrap());
     let mut sizes = HashMap::new();
-    Phase::default().enter(&recorded, &mut sizes);
+    let budget = cache.budget();
+    Phase::default().enter(&recorded, &mut sizes, budget);
 
     let goal = Bytes::new(budget.get() / 100 * load);
     let row = cache.layout().bytes_per_token();
@@ -200,7 +204,7 @@ fn churn(bench: &Bench<'_>, budget: Bytes, commit: Commit, load: u64) -> Done {
             let phase = if full { &mut done.serving } else { &mut done.filling };
             let (result, recorded) = recorder.record(|| phase.steps.time(|| cache.step(&[entry])));
             result.unwrap();
-            phase.enter(&recorded, &mut sizes);
+            phase.enter(&recorded, &mut sizes, budget);
             active.push(Active { entry, left: next.output });
         }
         loop {
@@ -209,7 +213,7 @@ fn churn(bench: &Bench<'_>, budget: Bytes, commit: Commit, load: u64) -> Done {
                 .map(|request| SlotTokens::new(request.entry.slot, request.entry.tokens + tokens(1)))
                 .collect();
             let (result, recorded) = recorder.record(|| done.serving.steps.time(|| cache.step(&entries)));
-            done.serving.enter(&recorded, &mut sizes);
+            done.serving.enter(&recorded, &mut sizes, budget);
             match result {
                 Ok(()) => {
                     active.iter_mut().zip(entries).for_each(|(request, entry)| request.entry = entry);

@@ -8,7 +8,8 @@
 //! cargo bench --bench scenarios                            all scenarios, on all devices that are there
 //! cargo bench --bench scenarios -- prompts full            these alone
 //! cargo bench --bench scenarios -- --json FILE             the tables as JSON, too
-//! cargo bench --bench scenarios -- --runs 51 --strict      more runs; exit code 1 if a goal is missed
+//! cargo bench --bench scenarios -- --runs 51 --strict      so many runs of each row, not as many as the
+//!                                                          scenario has; exit code 1 if a goal is missed
 //! ```
 //!
 //! `VATTN_BENCH_DEVICE=host|cuda|ledger` names one device, `VATTN_REQUIRE_GPU=1` makes a missing card a
@@ -26,6 +27,7 @@ mod full;
 mod prompts;
 mod recorder;
 mod reserve;
+mod resizes;
 mod server;
 mod steps;
 mod table;
@@ -41,14 +43,15 @@ use vattn::units::{Bytes, TokenCount};
 use vattn::{Geometry, KvCache};
 
 use common::devices::{Target, targets};
+use common::pause;
 use table::Table;
 use timing::Limit;
 
 /// What a scenario runs on, and how much of it.
 struct Bench<'a> {
     target: &'a Target,
-    /// How often each row is measured.
-    runs: usize,
+    /// How often each row is measured, where that is not left to the scenario.
+    runs: Option<usize>,
     /// Once, and small: it is only to be seen that it works.
     test: bool,
     limit: Limit,
@@ -60,6 +63,26 @@ impl Bench<'_> {
         let free = self.target.driver.memory_info().unwrap().free;
         wanted.min(Bytes::new(free.get() / 10 * 9))
     }
+
+    /// Whether a row that was measured `done` times is measured again: `own` times in all, if the command
+    /// line says nothing else, and thrice at least if the time is up.
+    fn again(&self, done: usize, own: usize) -> bool {
+        done < self.runs.unwrap_or(own) && !(done >= 3 && self.limit.is_over())
+    }
+
+    /// Says in a table that [`settle`](Self::settle) was called.
+    fn pauses_noted(&self, table: &mut Table) {
+        if self.target.is_card() {
+            table.note(pause::NOTE);
+        }
+    }
+
+    /// Leaves a card alone for a while after so much was released; see [`pause`].
+    fn settle(&self, released: Bytes) {
+        if self.target.is_card() {
+            pause::after_release(released);
+        }
+    }
 }
 
 struct Scenario {
@@ -69,13 +92,13 @@ struct Scenario {
 }
 
 const SCENARIOS: [Scenario; 7] = [
-    Scenario { name: "prompts", seconds: 90, run: prompts::run },
-    Scenario { name: "adopt", seconds: 10, run: adopt::run },
-    Scenario { name: "reserve", seconds: 10, run: reserve::run },
-    Scenario { name: "steps", seconds: 15, run: steps::run },
-    Scenario { name: "commit", seconds: 40, run: commit::run },
-    Scenario { name: "traces", seconds: 30, run: traces::run },
-    Scenario { name: "full", seconds: 65, run: full::run },
+    Scenario { name: "prompts", seconds: 80, run: prompts::run },
+    Scenario { name: "adopt", seconds: 5, run: adopt::run },
+    Scenario { name: "reserve", seconds: 5, run: reserve::run },
+    Scenario { name: "steps", seconds: 10, run: steps::run },
+    Scenario { name: "commit", seconds: 35, run: commit::run },
+    Scenario { name: "traces", seconds: 25, run: traces::run },
+    Scenario { name: "full", seconds: 58, run: full::run },
 ];
 
 /// Layers and parts that share a tensor, by the names that tables use.
@@ -105,13 +128,13 @@ fn calls(cache: &KvCache, verb: vattn::error::Verb) -> u64 {
 struct Args {
     names: Vec<String>,
     json: Option<String>,
-    runs: usize,
+    runs: Option<usize>,
     strict: bool,
     test: bool,
 }
 
 fn arguments() -> Result<Args, String> {
-    let mut args = Args { names: Vec::new(), json: None, runs: 21, strict: false, test: true };
+    let mut args = Args { names: Vec::new(), json: None, runs: None, strict: false, test: true };
     let mut given = std::env::args().skip(1);
     while let Some(argument) = given.next() {
         let mut value = |what: &str| given.next().ok_or(format!("{argument} needs {what} after it"));
@@ -122,9 +145,10 @@ fn arguments() -> Result<Args, String> {
             "--json" => args.json = Some(value("a file")?),
             "--runs" => {
                 let runs = value("a number")?;
-                args.runs = runs.parse().ok().filter(|runs| *runs > 0).ok_or(format!(
-                    "--runs {runs} is no number of runs; use 1 or more, and 20 or more for a record"
-                ))?;
+                let number = runs.parse().ok().filter(|runs| *runs > 0);
+                args.runs = Some(number.ok_or(format!(
+                    "--runs {runs} is no number of runs; use 1 or more, or leave it out for what each row needs"
+                ))?);
             }
             name if SCENARIOS.iter().any(|scenario| scenario.name == name) => args.names.push(name.into()),
             other => {
@@ -139,7 +163,7 @@ fn arguments() -> Result<Args, String> {
     // `--test` is what criterion's benches understand, too.
     args.test |= std::env::args().any(|argument| argument == "--test");
     if args.test {
-        args.runs = 1;
+        args.runs = Some(1);
     }
     Ok(args)
 }

@@ -185,6 +185,15 @@ impl Plan {
         self.calls.iter().filter(|call| matches!(call, Planned::Create { .. })).count()
     }
 
+    /// What it creates, in all.
+    pub(crate) fn created(&self) -> Bytes {
+        let sizes = self.calls.iter().filter_map(|call| match call {
+            Planned::Create { size } => Some(*size),
+            _ => None,
+        });
+        sizes.sum()
+    }
+
     /// Whether it is the same calls, whichever handle each of them maps.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         let shape = |plan: &Self| -> Vec<_> {

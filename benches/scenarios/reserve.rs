@@ -15,6 +15,7 @@ use crate::{Arc, Bench, LAYOUTS, calls, tokens};
 
 const SLOTS: u32 = 500;
 const TOKENS: u64 = 200_000;
+const RUNS: usize = 41;
 const MOST: Duration = Duration::from_millis(5);
 
 pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
@@ -46,7 +47,7 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
                 .unwrap();
             let [mut made, mut reserved, mut rest, mut dropped] = <[Samples; 4]>::default();
             let (mut addresses, mut reservations) = (Bytes::ZERO, 0);
-            while made.count() < bench.runs && !(made.count() >= 3 && bench.limit.is_over()) {
+            while bench.again(made.count(), RUNS) {
                 let (driver, config) = (Arc::clone(&bench.target.driver), config.clone());
                 let cache = made.time(|| KvCache::new(config, driver)).unwrap();
                 let nanoseconds = cache.snapshot().driver[&Verb::Reserve].nanoseconds;

@@ -4,6 +4,12 @@
 //! Asked because a step of a small model takes a few milliseconds and every request is in it. The first
 //! asks no driver; the second should cost one mapping and hardly anything of our own. `benches/steady.rs`
 //! asks more about the first.
+//!
+//! `driver` is the time inside the driver's calls by the library's own counters, `own` the rest of the
+//! call. Where an extent is mapped, that is: the look at every request of the step, several times over
+//! (what it lacks, what is planned for it, its tokens published), the choice of the extent, the locks,
+//! and the clocks around the driver's calls. So it grows with the requests and not with what is mapped.
+//! It is not the quick way with a mapping added: a step takes that way for all its requests or for none.
 
 use std::time::Duration;
 

@@ -59,6 +59,8 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
             if bench.limit.is_over() {
                 break;
             }
+            // What the policy before held has just been released.
+            bench.settle(budget);
             table.row(row(bench, &config, policy, &requests));
         }
     }
