@@ -211,6 +211,7 @@ impl Policy for Paged {
         Usage {
             needed: self.bytes_per_token * self.tokens.get(),
             mapped: self.bytes_per_token * BLOCK_TOKENS * used,
+            parked: None,
             held: self.held,
         }
     }

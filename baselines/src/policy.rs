@@ -44,6 +44,9 @@ pub struct Usage {
     /// Memory of admitted requests, up to the last unit that holds a byte of their tokens, or of the
     /// tile that the last token is in. What they have beyond that is parked and not counted.
     pub mapped: Bytes,
+    /// Memory that is mapped and holds nobody's tokens; `None` where everything is mapped once and for
+    /// all, so that there is nothing to tell apart.
+    pub parked: Option<Bytes>,
     /// All that was created and not released.
     pub held: Bytes,
 }

@@ -117,6 +117,7 @@ impl Policy for StaticSlots {
         Usage {
             needed: self.bytes_per_token * self.tokens.get(),
             mapped: self.slot_bytes * self.active,
+            parked: None,
             held: self.slot_bytes * self.slots,
         }
     }

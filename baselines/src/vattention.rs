@@ -74,6 +74,8 @@ pub struct Vattention {
     adopted: u64,
     /// As of when the pages last left home.
     reclaimed: u64,
+    /// Blocks that are mapped in no slot, as of then.
+    free: u64,
     capacity: u64,
     shape: Shape,
     granule: GranuleSize,
@@ -191,11 +193,22 @@ impl Vattention {
             held: granule.bytes() * (capacity * tensors),
             adopted: 0,
             reclaimed: 0,
+            free: capacity,
             capacity,
             largest_row: shape.largest_row(),
             shape: shape.clone(),
             granule,
         })
+    }
+
+    /// Unmaps everything that no admitted request requires; the pages go back to the pool. The original
+    /// has no such call: a bench asks for empty slots with it.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn unmap_surplus(&mut self) -> Result<()> {
+        let capacity = self.capacity;
+        self.pages()?.reclaim(capacity)
     }
 
     /// Blocks with a byte of that many tokens.
@@ -239,7 +252,7 @@ impl Vattention {
         let Home::Here(mut pages) = std::mem::replace(&mut self.pages, Home::Gone) else {
             return Err(Error::new(ErrorKind::Internal, "a step ended without its pages"));
         };
-        self.reclaimed = pages.reclaimed;
+        (self.reclaimed, self.free) = (pages.reclaimed, pages.free);
         let work = move || {
             let required = |tokens: TokenCount| granule.covering(row * shape.tiled(tokens).get()).get();
             let result = pages.map_ahead(shape.max_tokens(), required);
@@ -488,10 +501,16 @@ impl Policy for Vattention {
         Ok(())
     }
 
+    /// What a thread that is under way maps ahead counts as parked once it is back.
     fn usage(&self) -> Usage {
+        let free = match &self.pages {
+            Home::Here(pages) => pages.free,
+            Home::Away(_) | Home::Gone => self.free,
+        };
         Usage {
             needed: self.bytes_per_token * self.tokens.get(),
             mapped: self.block_bytes * self.filled,
+            parked: Some(self.block_bytes * (self.capacity - free).saturating_sub(self.filled)),
             held: self.held,
         }
     }
@@ -596,6 +615,7 @@ mod tests {
         policy.retire(c).unwrap();
         assert!(policy.step(&[(a, tokens(5 * 32))]).unwrap());
         assert_eq!(policy.reclaimed(), 3);
+        assert_eq!(policy.usage().parked, Some(Bytes::mib(20)), "what the other two left, less the three");
         assert_eq!(calls(&books, Verb::Unmap), 6);
         let pages = policy.pages().unwrap();
         assert_eq!(pages.slots.iter().map(|slot| slot.blocks.len()).collect::<Vec<_>>(), [5, 4, 1, 0]);
@@ -607,6 +627,19 @@ mod tests {
     }
 
     #[test]
+    fn without_surplus_only_what_is_required_stays_mapped() {
+        let (mut policy, books) = policy(10, Mapping::Synchronous);
+        let [a, b] = ids();
+        assert!(policy.admit(a, tokens(32)).unwrap());
+        assert!(policy.admit(b, tokens(64)).unwrap());
+        policy.retire(b).unwrap();
+        policy.unmap_surplus().unwrap();
+        assert_eq!((calls(&books, Verb::Map), calls(&books, Verb::Unmap)), (6, 4));
+        assert!(policy.admit(b, tokens(64)).unwrap());
+        assert_eq!(calls(&books, Verb::Map), 10, "the slot was empty");
+    }
+
+    #[test]
     fn the_thread_maps_the_next_token_before_it_comes() {
         let (mut policy, books) = policy(10, Mapping::Ahead);
         let [a] = ids();
@@ -614,6 +647,7 @@ mod tests {
         assert!(policy.step(&[(a, tokens(32))]).unwrap());
         policy.pages().unwrap();
         assert_eq!(calls(&books, Verb::Map), 4, "the block of token 33 is there already");
+        assert_eq!(policy.usage().parked, Some(Bytes::mib(4)));
         assert!(policy.step(&[(a, tokens(33))]).unwrap());
         assert_eq!(policy.usage().mapped, Bytes::mib(8), "what is ahead counts as parked");
         policy.retire(a).unwrap();

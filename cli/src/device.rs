@@ -16,6 +16,9 @@ use vattn::units::Bytes;
 
 use crate::place::Place;
 
+/// How many verbs [`DriverCalls`] counts.
+pub(crate) const VERBS: usize = 6;
+
 /// Calls of the driver by verb.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub(crate) struct DriverCalls {
@@ -25,6 +28,16 @@ pub(crate) struct DriverCalls {
     pub(crate) set_access: u64,
     pub(crate) unmap: u64,
     pub(crate) release: u64,
+}
+
+impl DriverCalls {
+    /// The verbs, in the order of [`counts`](Self::counts).
+    pub(crate) const NAMES: [&str; VERBS] = ["reserve", "create", "map", "set_access", "unmap", "release"];
+
+    /// Each verb's calls.
+    pub(crate) fn counts(self) -> [u64; VERBS] {
+        [self.reserve, self.create, self.map, self.set_access, self.unmap, self.release]
+    }
 }
 
 /// What the driver still has on its books.
@@ -82,19 +95,30 @@ impl Bench {
         (self.checked.calls().of(verb), self.checked.modelled_of(verb))
     }
 
+    /// The calls so far.
+    pub(crate) fn calls(&self) -> DriverCalls {
+        let calls = self.checked.calls();
+        DriverCalls {
+            reserve: calls.of(Verb::Reserve),
+            create: calls.of(Verb::Create),
+            map: calls.of(Verb::Map),
+            set_access: calls.of(Verb::SetAccess),
+            unmap: calls.of(Verb::Unmap),
+            release: calls.of(Verb::Release),
+        }
+    }
+
+    /// The calls so far at the costs that were measured on an H200.
+    pub(crate) fn modelled(&self) -> Duration {
+        self.checked.modelled()
+    }
+
     /// What was counted so far, and what is alive now.
     pub(crate) fn books(&self) -> Books {
-        let (calls, live) = (self.checked.calls(), self.checked.live());
+        let live = self.checked.live();
         Books {
-            calls: DriverCalls {
-                reserve: calls.of(Verb::Reserve),
-                create: calls.of(Verb::Create),
-                map: calls.of(Verb::Map),
-                set_access: calls.of(Verb::SetAccess),
-                unmap: calls.of(Verb::Unmap),
-                release: calls.of(Verb::Release),
-            },
-            modelled_seconds: self.checked.modelled().as_secs_f64(),
+            calls: self.calls(),
+            modelled_seconds: self.modelled().as_secs_f64(),
             live: Leaked { extents: live.handles, mappings: live.mappings, reservations: live.reservations },
         }
     }

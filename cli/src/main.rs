@@ -13,10 +13,13 @@
 //! | [`policy`] | who manages their memory |
 //! | [`place`] | which device, by name or by what there is |
 //! | [`device`] | which driver is called, and what it counted |
+//! | [`series`] | what was seen over time |
 //! | [`report`] | what is shown |
+//! | [`html`] | what is shown as a page |
 //! | [`probe`] | what a device's driver can do, and what its calls cost |
 
 mod device;
+mod html;
 mod model;
 mod num;
 mod place;
@@ -25,6 +28,7 @@ mod policy;
 mod probe;
 mod replay;
 mod report;
+mod series;
 mod server;
 mod size;
 mod trace;
@@ -133,8 +137,7 @@ fn main() -> ExitCode {
         Command::Replay(args) => replay::run(&args, &mut out),
         Command::Probe(args) => probe::run(&args, &mut out),
         Command::ProbeChild(args) => probe::answer(&args, &mut out),
-        Command::Replay(args) => replay::run(&args, &mut std::io::stdout().lock()),
-        Command::Plan(args) => plan::run(&args, &mut std::io::stdout().lock()),
+        Command::Plan(args) => plan::run(&args, &mut out),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

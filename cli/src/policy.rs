@@ -121,7 +121,7 @@ impl Policy for Vattn {
 
     fn usage(&self) -> Usage {
         let bytes = self.cache.bytes();
-        Usage { needed: bytes.needed, mapped: bytes.mapped, held: bytes.held }
+        Usage { needed: bytes.needed, mapped: bytes.mapped, parked: Some(bytes.parked), held: bytes.held }
     }
 
     fn adopted(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! `vattn replay`: wires trace, model, driver, policy and server together.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::ValueEnum;
@@ -10,12 +10,14 @@ use vattn::units::{Bytes, TokenCount};
 
 use crate::Failure;
 use crate::device::Bench;
+use crate::html::{self, Head, PageFile, Run};
 use crate::model::{self, Plan, Wanted};
-use crate::num::{whole, wide};
+use crate::num::{float, whole, wide};
 use crate::place::{self, DeviceKind, Place};
 use crate::policy::PolicyKind;
-use crate::report::{self, Free, Report, Used};
-use crate::server::{Settings, serve};
+use crate::report::{self, Free, Report, Used, count};
+use crate::series::Series;
+use crate::server::{Sample, Settings, Watch, serve};
 use crate::size;
 use crate::trace::{self, Trace, description};
 
@@ -57,8 +59,8 @@ pub(crate) struct Args {
     /// Over how many devices the KV heads are split; the replay is one device's
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     tp: u32,
-    /// Who manages the memory; several are compared. Text without it compares vattn with its
-    /// baselines, JSON without it is vattn's
+    /// Who manages the memory; several are compared. Without it vattn is compared with its
+    /// baselines, but in JSON alone, which is vattn's then
     #[arg(long, value_enum, value_delimiter = ',', value_name = "NAME,...")]
     policy: Vec<PolicyKind>,
     /// How layers become tensors: sliced, per-layer or grouped:N, and -interleaved after it
@@ -94,6 +96,10 @@ pub(crate) struct Args {
     /// How the result is shown
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
+    /// Also draw the policies side by side on a page of its own, for a browser: memory, requests,
+    /// latency and driver calls over time
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// How long an iteration of the server lasts, in milliseconds
     #[arg(long, default_value = "25", value_name = "MS", value_parser = step_length)]
     step_ms: u64,
@@ -112,10 +118,10 @@ fn step_length(text: &str) -> Result<u64, String> {
 
 impl Args {
     fn policies(&self) -> Vec<PolicyKind> {
-        let mut kinds = match (self.policy.is_empty(), self.format) {
-            (false, _) => self.policy.clone(),
-            (true, Format::Text) => PolicyKind::COMPARED.into(),
-            (true, Format::Json) => vec![PolicyKind::Vattn],
+        let mut kinds = match (self.policy.is_empty(), self.format, &self.html) {
+            (false, ..) => self.policy.clone(),
+            (true, Format::Json, None) => vec![PolicyKind::Vattn],
+            (true, ..) => PolicyKind::COMPARED.into(),
         };
         let mut seen = Vec::new();
         kinds.retain(|kind| {
@@ -153,16 +159,22 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
         budget,
         granule,
     })?;
-    let mut reports = Vec::new();
+    let on = Setup { args, place, granule, plan, trace };
+    let page = args.html.as_deref().map(open_page).transpose()?;
+    let source = args.trace.is_none().then(|| description(Some(on.trace.requests.len())));
+    let (mut reports, mut runs) = (Vec::new(), Vec::new());
     for kind in args.policies() {
-        let report = replay(args, kind, &place, granule, &plan, &trace)?;
+        let (report, series) = on.replay(kind, page.is_some())?;
         if args.format == Format::Json {
             writeln!(out, "{}", report.to_json()).map_err(Failure::Output)?;
         }
+        runs.extend(series.map(|series| Run { report: report.clone(), series }));
         reports.push(report);
     }
+    if let Some(page) = page {
+        page.finish(&html::page(&on.head(source.clone()), &runs)).map_err(Failure::Output)?;
+    }
     if args.format == Format::Text {
-        let source = args.trace.is_none().then(|| description(Some(trace.requests.len())));
         out.write_all(report::text(&reports, source.as_deref()).as_bytes()).map_err(Failure::Output)?;
     }
     out.flush().map_err(Failure::Output)?;
@@ -170,38 +182,93 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
     if leaks.is_empty() { Ok(()) } else { Err(Failure::Leaked(leaks.join("; "))) }
 }
 
-fn replay(
-    args: &Args,
-    kind: PolicyKind,
-    place: &Place,
+fn open_page(path: &Path) -> Result<PageFile, Failure> {
+    PageFile::open(path).map_err(|error| {
+        Failure::Input(format!(
+            "--html {}: {error}; name a file in a folder that is there and can be written",
+            path.display()
+        ))
+    })
+}
+
+/// What every policy replays, and on what.
+struct Setup<'a> {
+    args: &'a Args,
+    place: Place,
     granule: Bytes,
-    plan: &Plan,
-    trace: &Trace,
-) -> Result<Report, Failure> {
-    let start = Instant::now();
-    let budget = plan.shape.budget();
-    let bench = Bench::open(place, granule, budget)?;
-    let before = bench.free()?;
-    let mut policy = kind.build(&bench, plan)?;
-    let bar = progress(policy.name(), wide(trace.requests.len()));
-    let settings =
-        Settings { step: args.step_ms, prefill_tokens: args.prefill_tokens, max_tokens: args.max_tokens };
-    let served = serve(policy.as_mut(), &trace.requests, settings, &mut |done| bar.set_position(done));
-    bar.finish_and_clear();
-    let mut outcome = served?;
-    let (name, adopted, reclaimed) = (policy.name(), policy.adopted(), policy.reclaimed());
-    drop(policy);
-    // Only now: what is given back at the end is part of what a policy asks of the driver, and what
-    // is still alive has leaked.
-    let books = bench.books();
-    tracing::debug!(policy = name, seconds = start.elapsed().as_secs_f64(), "replayed");
-    let used = Used {
-        driver: bench.handle().info().name,
-        device: place.to_string(),
-        budget,
-        free: Free { before, after: bench.free()? },
-    };
-    Ok(Report::new(used, name, plan, trace, &mut outcome, &books, (adopted, reclaimed)))
+    plan: Plan,
+    trace: Trace,
+}
+
+impl Setup<'_> {
+    /// What the page says was replayed; no path is in it.
+    fn head(&self, source: Option<String>) -> Head {
+        let Self { args, place, granule, plan, trace } = self;
+        let model = Path::new(&plan.model).file_name().unwrap_or(plan.model.as_ref()).to_string_lossy();
+        let budget = plan.shape.budget();
+        let mut facts = vec![
+            ("budget", budget.to_string()),
+            ("token", plan.shape.bytes_per_token().to_string()),
+            ("layout", plan.config.layout().to_string()),
+            ("device", place.to_string()),
+            ("granule", granule.to_string()),
+            ("slots", count(args.max_slots.into())),
+            ("tokens a slot", count(args.max_tokens)),
+            ("iteration", format!("{} ms", float(args.step_ms) / 1e6)),
+            ("prefill", format!("{} tokens an iteration", count(args.prefill_tokens))),
+        ];
+        if args.tp > 1 {
+            facts.push(("heads split over", format!("{} devices", args.tp)));
+        }
+        if args.tile_tokens > 1 {
+            facts.push(("tile", format!("{} tokens", args.tile_tokens)));
+        }
+        Head {
+            trace: trace.name.clone(),
+            requests: wide(trace.requests.len()),
+            model: model.into_owned(),
+            budget,
+            facts,
+            source,
+            server: MODEL_OF_THE_SERVER,
+        }
+    }
+
+    /// Replays under one policy, and keeps what it looked like over time where that is wanted.
+    fn replay(&self, kind: PolicyKind, watched: bool) -> Result<(Report, Option<Series>), Failure> {
+        let Self { args, place, granule, plan, trace } = self;
+        let start = Instant::now();
+        let budget = plan.shape.budget();
+        let bench = Bench::open(place, *granule, budget)?;
+        let before = bench.free()?;
+        let mut policy = kind.build(&bench, plan)?;
+        let bar = progress(policy.name(), wide(trace.requests.len()));
+        let settings =
+            Settings { step: args.step_ms, prefill_tokens: args.prefill_tokens, max_tokens: args.max_tokens };
+        let mut series = watched.then(|| Series::new(args.step_ms, bench.calls(), bench.modelled()));
+        let mut record = series
+            .as_mut()
+            .map(|series| |sample: &Sample| series.record(sample, bench.calls(), bench.modelled()));
+        let watch = record.as_mut().map(|record| -> Watch<'_> { record });
+        let served =
+            serve(policy.as_mut(), &trace.requests, settings, &mut |done| bar.set_position(done), watch);
+        bar.finish_and_clear();
+        let mut outcome = served?;
+        let (name, adopted, reclaimed) = (policy.name(), policy.adopted(), policy.reclaimed());
+        drop(policy);
+        // Only now: what is given back at the end is part of what a policy asks of the driver, and what
+        // is still alive has leaked.
+        let books = bench.books();
+        tracing::debug!(policy = name, seconds = start.elapsed().as_secs_f64(), "replayed");
+        let used = Used {
+            driver: bench.handle().info().name,
+            device: place.to_string(),
+            budget,
+            free: Free { before, after: bench.free()? },
+        };
+        let report = Report::new(used, name, plan, trace, &mut outcome, &books, (adopted, reclaimed));
+        Ok((report, series))
+    }
 }
 
 /// A bar on a terminal, nothing elsewhere.

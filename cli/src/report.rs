@@ -18,31 +18,31 @@ use crate::trace::Trace;
 /// Driver calls, modelled seconds and leaks are of the policy's whole life: made, used, dropped.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
-    driver: &'static str,
-    policy: &'static str,
-    model: String,
-    layout: String,
-    trace: String,
-    requests: u64,
-    completed: u64,
-    rejected: u64,
-    preempted: u64,
+    pub(crate) driver: &'static str,
+    pub(crate) policy: &'static str,
+    pub(crate) model: String,
+    pub(crate) layout: String,
+    pub(crate) trace: String,
+    pub(crate) requests: u64,
+    pub(crate) completed: u64,
+    pub(crate) rejected: u64,
+    pub(crate) preempted: u64,
     /// Iterations of the server.
-    steps: u64,
-    simulated_seconds: f64,
-    driver_calls: DriverCalls,
-    modelled_driver_seconds: f64,
-    step_ns: StepTimes,
-    bytes: Peaks,
-    mapped_over_needed: f64,
-    held_over_needed: f64,
-    active_slots: ActiveSlots,
-    adopted: u64,
-    reclaimed: u64,
-    leaked: Leaked,
-    device: String,
-    budget_bytes: Bytes,
-    device_free_bytes: Free,
+    pub(crate) steps: u64,
+    pub(crate) simulated_seconds: f64,
+    pub(crate) driver_calls: DriverCalls,
+    pub(crate) modelled_driver_seconds: f64,
+    pub(crate) step_ns: StepTimes,
+    pub(crate) bytes: Peaks,
+    pub(crate) mapped_over_needed: f64,
+    pub(crate) held_over_needed: f64,
+    pub(crate) active_slots: ActiveSlots,
+    pub(crate) adopted: u64,
+    pub(crate) reclaimed: u64,
+    pub(crate) leaked: Leaked,
+    pub(crate) device: String,
+    pub(crate) budget_bytes: Bytes,
+    pub(crate) device_free_bytes: Free,
 }
 
 /// What a policy was given to run on.
@@ -62,24 +62,24 @@ pub(crate) struct Free {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
-struct StepTimes {
-    p50: u64,
-    p99: u64,
-    max: u64,
+pub(crate) struct StepTimes {
+    pub(crate) p50: u64,
+    pub(crate) p99: u64,
+    pub(crate) max: u64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
 #[expect(clippy::struct_field_names, reason = "the names are the JSON's")]
-struct Peaks {
-    peak_needed: Bytes,
-    peak_mapped: Bytes,
-    peak_held: Bytes,
+pub(crate) struct Peaks {
+    pub(crate) peak_needed: Bytes,
+    pub(crate) peak_mapped: Bytes,
+    pub(crate) peak_held: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
-struct ActiveSlots {
-    mean: f64,
-    peak: u64,
+pub(crate) struct ActiveSlots {
+    pub(crate) mean: f64,
+    pub(crate) peak: u64,
 }
 
 impl StepTimes {
@@ -150,10 +150,11 @@ impl Report {
     }
 }
 
-type Row = (&'static str, fn(&Report) -> String);
+/// A line of the table: its name, and a policy's figure in it.
+pub(crate) type Row = (&'static str, fn(&Report) -> String);
 
-/// What the table shows, in groups.
-const ROWS: &[&[Row]] = &[
+/// What the table always shows, in groups.
+pub(crate) const ROWS: &[&[Row]] = &[
     &[
         ("requests completed", |r| count(r.completed)),
         ("requests rejected: they could never fit", |r| count(r.rejected)),
@@ -200,11 +201,27 @@ calls to make memory at the start and to give it back at the end are part of it.
 server makes each iteration. It is the only row that depends on this machine.
 ";
 
+const NOTES_OF_A_CARD: &str = "What is free is the card's own count, and depends on whoever else uses it.\n";
+
+impl Report {
+    /// What the table shows of it, in groups.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = &'static [Row]> + use<> {
+        ROWS.iter().copied().chain(self.on_a_card().then_some(ROWS_OF_A_CARD))
+    }
+
+    /// What the figures mean, in lines.
+    pub(crate) fn notes(&self) -> String {
+        format!("{NOTES}{}", if self.on_a_card() { NOTES_OF_A_CARD } else { "" })
+    }
+
+    fn on_a_card(&self) -> bool {
+        self.driver == "cuda"
+    }
+}
+
 /// The table, with a head that says what was replayed and a foot that says what it means.
 pub(crate) fn text(reports: &[Report], description: Option<&str>) -> String {
     let Some(first) = reports.first() else { return String::new() };
-    let card = (first.driver == "cuda").then_some(ROWS_OF_A_CARD);
-    let groups = || ROWS.iter().copied().chain(card);
     let mut out = String::new();
     // Writing to a string never fails.
     let _ = writeln!(
@@ -220,14 +237,14 @@ pub(crate) fn text(reports: &[Report], description: Option<&str>) -> String {
     if let Some(description) = description {
         let _ = writeln!(out, "The trace is generated: {description}.\n");
     }
-    let label = groups().flatten().map(|row| row.0.chars().count()).max().unwrap_or(0);
+    let label = first.rows().flatten().map(|row| row.0.chars().count()).max().unwrap_or(0);
     let width = reports.iter().map(|report| report.policy.len()).max().unwrap_or(0).max(12);
     let _ = write!(out, "{:label$}", "");
     for report in reports {
         let _ = write!(out, "  {:>width$}", report.policy);
     }
     out.push('\n');
-    for group in groups() {
+    for group in first.rows() {
         let _ = writeln!(out, "{}", "-".repeat(label + reports.len() * (width + 2)));
         for (name, value) in group {
             let _ = write!(out, "{name:label$}");
@@ -238,10 +255,7 @@ pub(crate) fn text(reports: &[Report], description: Option<&str>) -> String {
         }
     }
     out.push('\n');
-    out.push_str(NOTES);
-    if card.is_some() {
-        out.push_str("What is free is the card's own count, and depends on whoever else uses it.\n");
-    }
+    out.push_str(&first.notes());
     for report in reports.iter().filter(|report| report.completed == 0 && report.rejected > 0) {
         let _ = writeln!(
             out,
@@ -252,11 +266,13 @@ pub(crate) fn text(reports: &[Report], description: Option<&str>) -> String {
     out
 }
 
-fn gib(bytes: Bytes) -> String {
+/// In GiB, without the unit.
+pub(crate) fn gib(bytes: Bytes) -> String {
     format!("{:.2}", float(bytes.get()) / float(1 << 30))
 }
 
-fn micros(nanoseconds: u64) -> String {
+/// In µs, without the unit.
+pub(crate) fn micros(nanoseconds: u64) -> String {
     format!("{:.2}", float(nanoseconds) / 1e3)
 }
 

@@ -13,7 +13,7 @@
 //!    the policy over all of them, in order of admission. Where that does not fit, the latest
 //!    admitted is preempted (queued again at the head, its tokens so far being its prompt) and the
 //!    step is tried again.
-//! 5. Memory and active requests are sampled.
+//! 5. Memory and active requests are sampled; who watches is told when the iteration is over.
 //! 6. Requests that have all their tokens are retired.
 //!
 //! With nothing active or queued, time jumps to the next arrival, to the nanosecond. Such a jump
@@ -28,7 +28,7 @@ use std::time::Instant;
 
 use vattn::units::{Bytes, TokenCount};
 use vattn::{Error, ErrorKind, Result};
-use vattn_baselines::{Policy, RequestId};
+use vattn_baselines::{Policy, RequestId, Usage};
 
 use crate::num::{float, float_wide, wide};
 use crate::trace::Request;
@@ -65,6 +65,33 @@ pub(crate) struct Outcome {
     pub(crate) step_ns: Vec<u64>,
 }
 
+/// What who watches is told of an iteration, or of the moment from which nobody is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Sample {
+    /// Nanoseconds from the first arrival to the start of the iteration.
+    pub(crate) at: u64,
+    pub(crate) pace: Pace,
+    pub(crate) usage: Usage,
+    /// Requests that have a slot.
+    pub(crate) active: u64,
+    /// Requests that have arrived and have none.
+    pub(crate) waiting: u64,
+}
+
+/// What kind of moment it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Pace {
+    /// No iteration: nobody is there.
+    Idle,
+    /// An iteration in which nobody was past the prefill.
+    Prefill,
+    /// An iteration with a step of the policy, and its wall nanoseconds.
+    Step(u64),
+}
+
+/// Who watches.
+pub(crate) type Watch<'a> = &'a mut dyn FnMut(&Sample);
+
 /// An admitted request that is not done.
 #[derive(Clone, Copy, Debug)]
 struct Active {
@@ -84,7 +111,7 @@ struct Waiting {
     left: u64,
 }
 
-struct Server<'a> {
+struct Server<'a, 'w> {
     policy: &'a mut dyn Policy,
     settings: Settings,
     queue: VecDeque<Waiting>,
@@ -92,6 +119,7 @@ struct Server<'a> {
     /// The first of `active`, those past their prefill, with the totals of the next step.
     decoding: Vec<(RequestId, TokenCount)>,
     outcome: Outcome,
+    watch: Option<Watch<'w>>,
     /// Sums over iterations, of bytes and of requests.
     needed: u128,
     mapped: u128,
@@ -100,7 +128,7 @@ struct Server<'a> {
 }
 
 /// Serves all requests, which are sorted by arrival. `progress` hears how many are done with,
-/// whenever that changes.
+/// whenever that changes; `watch`, if there is one, hears of every iteration.
 ///
 /// # Errors
 /// The policy's, or its breach of contract: a request that it says it can hold does not fit alone.
@@ -109,6 +137,7 @@ pub(crate) fn serve(
     requests: &[Request],
     settings: Settings,
     progress: &mut dyn FnMut(u64),
+    watch: Option<Watch<'_>>,
 ) -> Result<Outcome> {
     let mut server = Server {
         policy,
@@ -117,6 +146,7 @@ pub(crate) fn serve(
         active: Vec::new(),
         decoding: Vec::new(),
         outcome: Outcome::default(),
+        watch,
         needed: 0,
         mapped: 0,
         held: 0,
@@ -127,7 +157,12 @@ pub(crate) fn serve(
     let mut done = 0;
     loop {
         if server.active.is_empty() && server.queue.is_empty() {
-            let Some(request) = requests.get(next) else { break };
+            let request = requests.get(next);
+            if request.is_none_or(|request| request.arrival > now) {
+                let seen = server.seen(now, Pace::Idle);
+                server.tell(seen);
+            }
+            let Some(request) = request else { break };
             now = now.max(request.arrival);
         }
         while let Some(request) = requests.get(next).filter(|request| request.arrival <= now) {
@@ -140,7 +175,7 @@ pub(crate) fn serve(
         server.admit()?;
         // Everything that had arrived may have been rejected.
         if !server.active.is_empty() {
-            server.iterate()?;
+            server.iterate(now)?;
             now = now.checked_add(settings.step).ok_or_else(|| server.too_long())?;
         }
         let ended = server.outcome.completed + server.outcome.rejected;
@@ -152,7 +187,7 @@ pub(crate) fn serve(
     Ok(server.finish(now))
 }
 
-impl Server<'_> {
+impl Server<'_, '_> {
     fn arrive(&mut self, id: RequestId, request: &Request) {
         let total = request.prompt + request.output;
         if total > self.settings.max_tokens || !self.policy.can_ever_hold(TokenCount::new(total)) {
@@ -177,7 +212,7 @@ impl Server<'_> {
         Ok(())
     }
 
-    fn iterate(&mut self) -> Result<()> {
+    fn iterate(&mut self, now: u64) -> Result<()> {
         let past = self.decoding.len();
         // A token must not come to a request whose prefill ends now, so it joins after the step.
         let mut joins = false;
@@ -185,9 +220,7 @@ impl Server<'_> {
             active.prefill -= 1;
             joins = active.prefill == 0;
         }
-        if past > 0 {
-            self.grow()?;
-        }
+        let pace = if past > 0 { Pace::Step(self.grow()?) } else { Pace::Prefill };
         let past = self.decoding.len();
         let mut finished = false;
         for active in &mut self.active[..past] {
@@ -196,6 +229,7 @@ impl Server<'_> {
             finished |= active.left == 0;
         }
         self.sample();
+        let seen = self.seen(now, pace);
         // A preemption may have taken the one whose prefill ended.
         if joins && let Some(active) = self.active.get(past).filter(|active| active.prefill == 0) {
             self.decoding.push((active.id, TokenCount::new(active.tokens + 1)));
@@ -208,11 +242,12 @@ impl Server<'_> {
             self.retire_finished()?;
         }
         self.outcome.iterations += 1;
+        self.tell(seen);
         Ok(())
     }
 
-    /// One step of everybody who decodes, with as many preemptions as it takes.
-    fn grow(&mut self) -> Result<()> {
+    /// One step of everybody who decodes, with as many preemptions as it takes, and its wall time.
+    fn grow(&mut self) -> Result<u64> {
         let start = Instant::now();
         while !self.decoding.is_empty() && !self.policy.step(&self.decoding)? {
             let last = self.active.pop().expect("those who decode are active");
@@ -224,8 +259,26 @@ impl Server<'_> {
             self.queue.push_front(Waiting { id: last.id, prompt: last.tokens, left: last.left });
             self.outcome.preempted += 1;
         }
-        self.outcome.step_ns.push(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX));
-        Ok(())
+        let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.outcome.step_ns.push(ns);
+        Ok(ns)
+    }
+
+    /// What there is to tell, if somebody watches.
+    fn seen(&self, at: u64, pace: Pace) -> Option<Sample> {
+        self.watch.is_some().then(|| Sample {
+            at,
+            pace,
+            usage: self.policy.usage(),
+            active: wide(self.active.len()),
+            waiting: wide(self.queue.len()),
+        })
+    }
+
+    fn tell(&mut self, seen: Option<Sample>) {
+        if let (Some(watch), Some(seen)) = (&mut self.watch, seen) {
+            watch(&seen);
+        }
     }
 
     fn sample(&mut self) {

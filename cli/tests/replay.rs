@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a failure to start or to read is a failure of the test")]
 
+mod html;
+
 use std::path::PathBuf;
 use std::process::{Command, Output};
 

@@ -103,6 +103,7 @@ impl Policy for Ideal {
         Usage {
             needed: Bytes::new(self.tokens * self.unit_bytes / self.unit),
             mapped: Bytes::new(self.used * self.unit_bytes),
+            parked: None,
             held: Bytes::new(self.units * self.unit_bytes),
         }
     }
@@ -122,7 +123,7 @@ fn request(arrival_ms: u64, prompt: u64, output: u64) -> Request {
 }
 
 fn run(mut policy: Ideal, requests: &[Request]) -> (Outcome, Vec<String>) {
-    let outcome = serve(&mut policy, requests, SETTINGS, &mut |_| {}).unwrap();
+    let outcome = serve(&mut policy, requests, SETTINGS, &mut |_| {}, None).unwrap();
     assert_eq!((policy.active, policy.used, policy.tokens), (0, 0, 0));
     (outcome, policy.log.unwrap())
 }
@@ -256,9 +257,46 @@ fn time_jumps_when_nobody_is_there() {
 }
 
 #[test]
+fn who_watches_hears_of_every_iteration_and_of_the_moment_before_a_jump() {
+    let requests = [request(0, 11, 1), request(0, 1, 0), request(1_001, 1, 1)];
+    let mut samples = Vec::new();
+    let mut watch = |sample: &Sample| samples.push(*sample);
+    let mut policy = Ideal { slots: 1, ..Ideal::new(1, 1, 12) };
+    let outcome = serve(&mut policy, &requests, SETTINGS, &mut |_| {}, Some(&mut watch)).unwrap();
+    let seen: Vec<_> = samples
+        .iter()
+        .map(|sample| {
+            let pace = match sample.pace {
+                Pace::Idle => "idle",
+                Pace::Prefill => "prefill",
+                Pace::Step(_) => "step",
+            };
+            (sample.at / MS, pace, sample.usage.needed.get(), sample.active, sample.waiting)
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            (0, "prefill", 11, 1, 1),
+            (25, "prefill", 11, 1, 1),
+            (50, "step", 12, 1, 1),
+            (75, "prefill", 1, 1, 0),
+            (100, "idle", 0, 0, 0),
+            (1_001, "prefill", 1, 1, 0),
+            (1_026, "step", 2, 1, 0),
+            (1_051, "idle", 0, 0, 0)
+        ]
+    );
+    let mut policy = Ideal { slots: 1, ..Ideal::new(1, 1, 12) };
+    let unwatched = serve(&mut policy, &requests, SETTINGS, &mut |_| {}, None).unwrap();
+    assert_eq!(outcome, Outcome { step_ns: outcome.step_ns.clone(), ..unwatched });
+}
+
+#[test]
 fn a_clock_that_ends_is_an_error() {
     let settings = Settings { step: u64::MAX / 3, ..SETTINGS };
-    let error = serve(&mut Ideal::logged(100, 9), &[request(0, 1, 9)], settings, &mut |_| {}).unwrap_err();
+    let error =
+        serve(&mut Ideal::logged(100, 9), &[request(0, 1, 9)], settings, &mut |_| {}, None).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     assert!(
         error.report().starts_with("4 iterations of ") && error.report().contains("--step-ms"),
@@ -313,7 +351,8 @@ fn a_policy_that_breaks_its_word_ends_the_run() {
         }
     }
     for requests in [[request(0, 11, 1)], [request(0, 10, 1)]] {
-        let error = serve(&mut Liar(Ideal::logged(10, 9)), &requests, SETTINGS, &mut |_| {}).unwrap_err();
+        let error =
+            serve(&mut Liar(Ideal::logged(10, 9)), &requests, SETTINGS, &mut |_| {}, None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Internal);
         assert!(error.report().contains("liar"), "{error}");
     }
@@ -344,7 +383,7 @@ fn six_thousand_real_requests_in_3_gib_take_as_long_as_an_independent_model_says
     let Some(requests) = azure() else { return };
     for ((unit, bytes), seconds) in UNITS.into_iter().zip([2065.0, 2078.0, 3152.0]) {
         let mut policy = Ideal::new(unit, bytes, (3 << 30) / bytes);
-        let outcome = serve(&mut policy, &requests[..6000], REAL, &mut |_| {}).unwrap();
+        let outcome = serve(&mut policy, &requests[..6000], REAL, &mut |_| {}, None).unwrap();
         let simulated = float(outcome.simulated) / 1e9;
         eprintln!(
             "units of {unit} tokens: {simulated} s, {} iterations, {} preempted",
@@ -360,7 +399,7 @@ fn an_hour_of_real_requests_wastes_what_an_independent_model_says() {
     let Some(requests) = azure() else { return };
     for ((unit, bytes), waste) in UNITS.into_iter().zip([1.006, 1.0125, 1.57]) {
         let mut policy = Ideal::new(unit, bytes, (64 << 30) / bytes);
-        let outcome = serve(&mut policy, &requests, REAL, &mut |_| {}).unwrap();
+        let outcome = serve(&mut policy, &requests, REAL, &mut |_| {}, None).unwrap();
         eprintln!(
             "units of {unit} tokens: {}, {} iterations, mean {} active",
             outcome.mapped_over_needed, outcome.iterations, outcome.mean_active
