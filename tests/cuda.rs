@@ -52,7 +52,10 @@ fn current() -> usize {
 fn own_context() -> sys::CUcontext {
     let mut context = std::ptr::null_mut();
     // SAFETY: the pointer is to a living pointer.
-    ok(unsafe { sys::cuCtxCreate_v2(&raw mut context, 0, 0) });
+    unsafe {
+        ok(sys::cuInit(0));
+        ok(sys::cuCtxCreate_v2(&raw mut context, 0, 0));
+    }
     context
 }
 
@@ -304,6 +307,24 @@ fn every_device_has_a_driver_of_its_own() {
         })
         .collect();
     assert_eq!(caches.len(), devices.len());
+}
+
+#[test]
+fn a_stream_that_is_gone_is_the_callers_mistake_and_not_the_devices_end() {
+    let Some(card) = Card::open() else { return };
+    let cache = cache(card.cuda.clone(), Bytes::gib(1));
+    let slot = admit(&cache, 100);
+    let other = own_context();
+    let foreign = Card::new(Cuda::new(CudaOptions::default()).unwrap());
+    let stream = foreign.stream(Stream(1));
+    // A stream of a living context that is another's: CUDA takes it or not, and nothing is lost.
+    let answer = cache.retire(slot, &[Fence::Stream(stream)]);
+    println!("a stream of another context: {answer:?}");
+    assert_eq!(cache.health(), Health::Healthy);
+    drop(foreign);
+    // SAFETY: made here, and nothing uses it any more.
+    ok(unsafe { sys::cuCtxDestroy_v2(other) });
+    admit(&cache, 50);
 }
 
 /// What a child does to its context, with a cache that lives through it.

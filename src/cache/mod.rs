@@ -85,8 +85,9 @@ pub enum Health {
 /// [`SlotId::index`](crate::SlotId::index) as the batch index.
 ///
 /// **Threads.** `Send + Sync`; every method takes `&self`. Different threads may work on different
-/// slots at the same time; two calls that name the same slot at once get
-/// [`SlotBusy`](ErrorKind::SlotBusy) at worst. A step in which nothing has to be mapped takes one
+/// slots at the same time. Of two calls that name the same slot at once one may get
+/// [`SlotBusy`](ErrorKind::SlotBusy), or see what the other has done already: a step of a slot that was
+/// just retired is [`StaleSlot`](ErrorKind::StaleSlot). A step in which nothing has to be mapped takes one
 /// short lock. Calls that move memory queue up behind one another, since the driver serialises them
 /// anyway. Until there is a background mapper, a call that unmaps waits for the fences of what it
 /// unmaps on the caller's thread.
@@ -297,7 +298,8 @@ impl KvCache {
         if self.health() == Health::Failed {
             return Err(Error::new(
                 ErrorKind::Unhealthy,
-                "the device or its context is gone, and with it all that was cached; drop this cache and make a new one",
+                "the device or its context is gone, and with it all that was cached; drop this cache and make a new one, in a \
+                 new process if a kernel faulted",
             ));
         }
         Ok(())

@@ -71,9 +71,14 @@ impl KvCache {
                 let planned = plan(&mut table, &mut pool, (device_limit, merging), &within, &beyond);
                 planned.map(|planned| (planned, within, beyond))
             };
-            let (planned, within, beyond) = match (planned, refused.take()) {
-                (Err(error), Some(cause)) => return Err(error.caused_by(cause)),
-                (planned, _) => planned?,
+            let (planned, within, beyond) = match planned {
+                Ok(planned) => planned,
+                Err(error) => {
+                    return Err(match refused {
+                        Some(cause) => error.caused_by(cause),
+                        None => error,
+                    });
+                }
             };
             let work = match planned {
                 Planned::Published => break,

@@ -8,32 +8,53 @@ use crate::units::Bytes;
 
 pub(super) const NOT_READY: u32 = 600;
 const OUT_OF_MEMORY: u32 = 2;
+const NOT_INITIALIZED: u32 = 3;
+const STUB_LIBRARY: u32 = 34;
 const NO_DEVICE: u32 = 100;
+const INVALID_CONTEXT: u32 = 201;
+const INVALID_HANDLE: u32 = 400;
+const CONTEXT_IS_DESTROYED: u32 = 709;
 
 /// Which kind of error a number is. A number of a newer driver is a refusal like any other.
 fn kind(code: u32) -> ErrorKind {
     match code {
         OUT_OF_MEMORY => ErrorKind::OutOfDeviceMemory,
-        // Deinitialized, device unavailable, invalid context, uncorrectable ECC or NVLink error.
-        4 | 46 | 201 | 214 | 220 | 226 => ErrorKind::DeviceLost,
-        // A kernel's fault, which every later call reports.
-        700 | 702 | 709 | 710 | 714..=719 | 721 => ErrorKind::DeviceLost,
+        // Not initialised (a forked child), deinitialised, invalid context, uncorrectable ECC or NVLink error.
+        NOT_INITIALIZED | 4 | INVALID_CONTEXT | 214 | 220 | 226 => ErrorKind::DeviceLost,
+        // A kernel's fault, or an external device's, which every later call reports.
+        700 | 702 | CONTEXT_IS_DESTROYED | 710 | 714..=719 | 721 | 911 => ErrorKind::DeviceLost,
         // The server between several processes and one device went away.
-        806 | 807 | 810 => ErrorKind::DeviceLost,
+        806 | 810 => ErrorKind::DeviceLost,
         900..=908 => ErrorKind::CapturingStream,
         _ => ErrorKind::Driver,
     }
 }
 
-fn cure(kind: ErrorKind) -> &'static str {
-    match kind {
-        ErrorKind::OutOfDeviceMemory => {
+/// Whether a number may speak of the context that a stream or an event of the caller's belongs to.
+pub(super) fn may_be_the_callers(code: u32) -> bool {
+    matches!(code, INVALID_CONTEXT | CONTEXT_IS_DESTROYED | INVALID_HANDLE)
+}
+
+fn cure(code: u32) -> &'static str {
+    match (kind(code), code) {
+        (_, NOT_INITIALIZED) => {
+            "this process was forked after CUDA had been used, which CUDA can't follow: start it anew (spawn)"
+        }
+        (_, 46) => "another process has the device to itself: see its compute mode in nvidia-smi",
+        (_, 802) => {
+            "the machine is not ready: start nvidia-fabricmanager, and see whether its services are up"
+        }
+        (_, 803 | 804) => {
+            "the driver library does not fit the kernel module: reinstall NVIDIA's driver, or restart"
+        }
+        (_, 807) => "the MPS server is starting or recovering: try again",
+        (ErrorKind::OutOfDeviceMemory, _) => {
             "the device has no memory left: free some, lower the budget, or see which other process holds it"
         }
-        ErrorKind::DeviceLost => {
+        (ErrorKind::DeviceLost, _) => {
             "the device's context is gone or a kernel faulted in it: nothing in it can be used again, restart the process"
         }
-        ErrorKind::CapturingStream => "end the capture into a graph first, or name a stream outside it",
+        (ErrorKind::CapturingStream, _) => "end the capture into a graph first, or name a stream outside it",
         _ => "CUDA's documentation of the call says when it answers that",
     }
 }
@@ -49,16 +70,20 @@ fn name(api: &Api, code: u32) -> &'static str {
     unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("CUDA_ERROR_WITH_A_BROKEN_NAME")
 }
 
-/// Zero is success; anything else is an error.
-pub(super) fn check(api: &Api, verb: Verb, size: Option<Bytes>, code: u32) -> Result<()> {
-    if code == 0 { Ok(()) } else { Err(refused(api, verb, size, code)) }
+#[cold]
+pub(super) fn refused(api: &Api, verb: Verb, size: Option<Bytes>, code: u32) -> Error {
+    Error::from_driver(kind(code), failure(api, verb, size, code), cure(code))
 }
 
+/// The refusal of a stream or an event that is the caller's, by a context that is well.
 #[cold]
-fn refused(api: &Api, verb: Verb, size: Option<Bytes>, code: u32) -> Error {
-    let kind = kind(code);
-    let failure = DriverFailure { verb, code: i64::from(code), name: name(api, code), size };
-    Error::from_driver(kind, failure, cure(kind))
+pub(super) fn refused_of_caller(api: &Api, verb: Verb, code: u32) -> Error {
+    let why = "the stream or event that was named is destroyed, or of another context; name one of the device's that lives";
+    Error::from_driver(ErrorKind::InvalidArgument, failure(api, verb, None, code), why)
+}
+
+fn failure(api: &Api, verb: Verb, size: Option<Bytes>, code: u32) -> DriverFailure {
+    DriverFailure { verb, code: i64::from(code), name: name(api, code), size }
 }
 
 /// The same for calls that look for a device and set it up, which have no verb.
@@ -74,14 +99,11 @@ pub(super) fn check_set_up(api: &Api, code: u32) -> Result<()> {
         NO_DEVICE => {
             "no CUDA device is found: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use the host driver"
         }
-        34 => {
+        STUB_LIBRARY => {
             "the library that was found is the toolkit's stub: put NVIDIA's driver before it on LD_LIBRARY_PATH"
         }
-        803 | 804 => {
-            "the driver library does not fit the kernel module: reinstall NVIDIA's driver, or restart"
-        }
-        OUT_OF_MEMORY => "the device has no memory left for a context: see which process holds it",
-        _ if kind == ErrorKind::DeviceLost => cure(kind),
+        46 | NOT_INITIALIZED | 802..=804 | 807 => cure(code),
+        _ if kind != ErrorKind::Unsupported => cure(code),
         _ => "CUDA can't be used on this machine: see whether nvidia-smi works, or use the host driver",
     };
     Err(Error::new(kind, format!("CUDA answers {} ({code}); {what}", name(api, code))))
@@ -94,13 +116,13 @@ mod tests {
     #[test]
     fn numbers_are_of_the_kind_that_an_engine_can_act_on() {
         assert_eq!(kind(2), ErrorKind::OutOfDeviceMemory);
-        for gone in [4, 201, 700, 709, 719] {
+        for gone in [3, 4, 201, 700, 709, 719, 911] {
             assert_eq!(kind(gone), ErrorKind::DeviceLost, "{gone}");
         }
         for capturing in [900, 906, 907] {
             assert_eq!(kind(capturing), ErrorKind::CapturingStream, "{capturing}");
         }
-        for other in [1, 400, 801, 99_999] {
+        for other in [1, 46, 400, 801, 807, 99_999] {
             assert_eq!(kind(other), ErrorKind::Driver, "{other}");
         }
     }

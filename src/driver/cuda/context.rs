@@ -3,6 +3,7 @@
 use crate::driver::cuda::api::Api;
 use crate::driver::cuda::{codes, device};
 use crate::error::{Error, ErrorKind, Result, Verb};
+use crate::units::Bytes;
 
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`
 const RELAXED: u32 = 2;
@@ -38,8 +39,26 @@ impl Context {
         Ok((Self { api, context, retained: Some(device) }, ordinal))
     }
 
+    pub(super) fn api(&self) -> &'static Api {
+        self.api
+    }
+
     pub(super) fn number(&self) -> u64 {
         self.context
+    }
+
+    /// What a call of the library answered: zero is success, anything else an error.
+    pub(super) fn check(&self, verb: Verb, size: Option<Bytes>, code: u32) -> Result<()> {
+        if code == 0 { Ok(()) } else { Err(codes::refused(self.api, verb, size, code)) }
+    }
+
+    /// The same of a call that names a stream or an event of the caller's: one that is gone is the
+    /// caller's mistake, as long as the context lives.
+    pub(super) fn check_of_caller(&self, verb: Verb, code: u32) -> Result<()> {
+        if codes::may_be_the_callers(code) && is_alive(self.api, self.context) {
+            return Err(codes::refused_of_caller(self.api, verb, code));
+        }
+        self.check(verb, None, code)
     }
 
     /// Makes the context current and capture relaxed on this thread, until the answer is dropped.
@@ -47,16 +66,21 @@ impl Context {
         let api = self.api;
         let mut current = 0;
         // SAFETY: the pointer is to a living integer.
-        codes::check(api, verb, None, unsafe { (api.ctx_get_current)(&raw mut current) })?;
-        let pushed = current != self.context;
-        if pushed {
+        self.check(verb, None, unsafe { (api.ctx_get_current)(&raw mut current) })?;
+        let mut entered = Entered { api, pushed: false, mode: None };
+        if current == self.context {
+            // A context that was destroyed stays current, and what was made in it must not be touched.
+            let mut version = 0;
+            // SAFETY: the pointer is to a living integer; CUDA refuses a context that is gone.
+            self.check(verb, None, unsafe { (api.ctx_get_api_version)(self.context, &raw mut version) })?;
+        } else {
             // SAFETY: the context is retained, or its owner keeps it alive as the module asks.
-            codes::check(api, verb, None, unsafe { (api.ctx_push_current)(self.context) })?;
+            self.check(verb, None, unsafe { (api.ctx_push_current)(self.context) })?;
+            entered.pushed = true;
         }
-        let mut entered = Entered { api, pushed, mode: None };
         let mut mode = RELAXED;
         // SAFETY: the pointer is to a living mode, which is exchanged for the thread's.
-        codes::check(api, verb, None, unsafe { (api.thread_exchange_capture_mode)(&raw mut mode) })?;
+        self.check(verb, None, unsafe { (api.thread_exchange_capture_mode)(&raw mut mode) })?;
         entered.mode = Some(mode);
         Ok(entered)
     }
@@ -64,8 +88,9 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        if let Some(device) = self.retained {
-            // SAFETY: retained once, released once. Where CUDA is gone already, it says so and that is that.
+        // One that somebody reset is not retained by us any more.
+        if let Some(device) = self.retained.filter(|_| is_alive(self.api, self.context)) {
+            // SAFETY: retained once, released once.
             unsafe { (self.api.primary_ctx_release)(device) };
         }
     }
@@ -97,17 +122,23 @@ impl Drop for Entered {
 /// The context that is current on this thread, with its device. One that was destroyed stays current
 /// until another is set, and counts as none.
 fn current(api: &Api) -> Result<Option<(u64, i32)>> {
-    let (mut context, mut version) = (0, 0);
+    let mut context = 0;
     // SAFETY: the pointer is to a living integer.
     codes::check_set_up(api, unsafe { (api.ctx_get_current)(&raw mut context) })?;
-    // SAFETY: as before; CUDA refuses a context that is gone.
-    if context == 0 || unsafe { (api.ctx_get_api_version)(context, &raw mut version) } != 0 {
+    if context == 0 || !is_alive(api, context) {
         return Ok(None);
     }
     let mut device = 0;
     // SAFETY: the pointer is to a living integer, and a context is current.
     codes::check_set_up(api, unsafe { (api.ctx_get_device)(&raw mut device) })?;
     Ok(Some((context, device)))
+}
+
+/// Whether a context has not been destroyed.
+fn is_alive(api: &Api, context: u64) -> bool {
+    let mut version = 0;
+    // SAFETY: the pointer is to a living integer; CUDA refuses a context that is gone.
+    unsafe { (api.ctx_get_api_version)(context, &raw mut version) == 0 }
 }
 
 /// Whether a context is the device's primary one; if so it is retained.

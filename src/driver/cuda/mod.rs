@@ -15,7 +15,7 @@
 //!
 //! - The context is the one that is current on the thread that makes the driver, else the primary
 //!   one of the device, which the CUDA runtime and PyTorch use. The library never makes one. Someone
-//!   else's context that is not the device's primary one must outlive the driver.
+//!   else's context that is not the device's primary one should outlive the driver.
 //! - Each call finds its context current, or makes it so and puts the old one back. It runs in
 //!   relaxed capture mode, so that another thread's capture into a graph goes on.
 //! - A context that is gone answers [`DeviceLost`](crate::ErrorKind::DeviceLost). In one in which a
@@ -131,7 +131,7 @@ impl Cuda {
     /// A call of the library, in the driver's context.
     fn call(&self, verb: Verb, size: Option<Bytes>, call: impl FnOnce(&Api) -> u32) -> Result<()> {
         let _entered = self.context.enter(verb)?;
-        codes::check(self.api, verb, size, call(self.api))
+        self.context.check(verb, size, call(self.context.api()))
     }
 }
 
@@ -190,8 +190,8 @@ unsafe impl Driver for Cuda {
     fn reserve(&self, size: Bytes) -> Result<DeviceAddr> {
         let mut addr = 0_u64;
         let refuse = |error: Error| {
-            let none_left = error.kind() == ErrorKind::OutOfDeviceMemory || size.get() >> ADDRESS_BITS > 0;
-            if none_left {
+            let beyond = error.kind() == ErrorKind::Driver && size.get() >> ADDRESS_BITS > 0;
+            if beyond || error.kind() == ErrorKind::OutOfDeviceMemory {
                 return Error::new(
                     ErrorKind::OutOfAddressSpace,
                     format!("{size} of addresses can't be reserved; use fewer slots or fewer tokens a slot"),
@@ -253,19 +253,19 @@ unsafe impl Driver for Cuda {
 
     fn record_event(&self, stream: Stream) -> Result<RawEvent> {
         let _entered = self.context.enter(Verb::RecordEvent)?;
-        self.events.record(self.api, stream)
+        self.events.record(&self.context, stream)
     }
 
     unsafe fn follow_event(&self, event: RawEvent) -> Result<RawEvent> {
         let _entered = self.context.enter(Verb::FollowEvent)?;
         // SAFETY: the caller's condition is the callee's.
-        unsafe { self.events.follow(self.api, event) }
+        unsafe { self.events.follow(&self.context, event) }
     }
 
     unsafe fn query_event(&self, event: RawEvent) -> Result<bool> {
         let _entered = self.context.enter(Verb::QueryEvent)?;
         // SAFETY: the caller's condition is the callee's.
-        unsafe { events::query(self.api, Verb::QueryEvent, event) }
+        unsafe { events::query(&self.context, Verb::QueryEvent, event) }
     }
 
     unsafe fn wait_event(&self, event: RawEvent) -> Result<()> {
@@ -275,11 +275,10 @@ unsafe impl Driver for Cuda {
 
     unsafe fn stream_wait(&self, stream: Stream, event: RawEvent) -> Result<()> {
         let _entered = self.context.enter(Verb::StreamWait)?;
-        events::refuse_capturing(self.api, Verb::StreamWait, stream)?;
+        events::refuse_capturing(&self.context, Verb::StreamWait, stream)?;
         // SAFETY: the caller's condition is CUDA's.
-        codes::check(self.api, Verb::StreamWait, None, unsafe {
-            (self.api.stream_wait_event)(stream.0, event.0, 0)
-        })
+        let code = unsafe { (self.context.api().stream_wait_event)(stream.0, event.0, 0) };
+        self.context.check_of_caller(Verb::StreamWait, code)
     }
 
     unsafe fn destroy_event(&self, event: RawEvent) -> Result<()> {
@@ -291,7 +290,7 @@ unsafe impl Driver for Cuda {
 impl Drop for Cuda {
     fn drop(&mut self) {
         if let Ok(_entered) = self.context.enter(Verb::DestroyEvent) {
-            self.events.destroy_streams(self.api);
+            self.events.destroy_streams(&self.context);
         }
     }
 }
