@@ -4,43 +4,46 @@
 #   tests/gpu/bundle.sh [FOLDER]        (default: .bundle)
 #
 # There, FOLDER/run.sh runs the suite and leaves its results in FOLDER/results. Traces are taken from
-# VATTN_TRACES (default ../shared/traces), those that are there.
+# VATTN_TRACES (default ../shared/traces), those that are there. The program's own tests are not in it:
+# they look for the program where it was built.
 set -eu
 cd "$(dirname "$0")/../.."
 folder=${1:-.bundle}
 target=${CARGO_TARGET_DIR:-target}
 traces=${VATTN_TRACES:-../shared/traces}
 
+if [ -e "$folder" ] && [ ! -e "$folder/run.sh" ]; then
+    echo "$folder is there and is no bundle; name a new folder" >&2
+    exit 1
+fi
 rm -rf "$folder"
 mkdir -p "$folder/bin" "$folder/traces"
+cp tests/gpu/run.sh tests/gpu/*.py "$folder/"
 
-cargo build --release --workspace
-# Cargo tells where it put each program: `Executable tests/model.rs (target/release/deps/model-…)`.
-tests="--test conformance --test model --test fault_sweep --test contents --test cuda"
-benches=$(sed -n '/^\[\[bench\]\]/{n;s/name = "\(.*\)"/--bench \1/p}' Cargo.toml)
-# shellcheck disable=SC2086 # lists of options
-{
-    cargo test --release --no-run -p vattn $tests 2>&1
-    cargo bench --no-run -p vattn $benches 2>&1
-} | tee "$folder/build.log" | sed -n 's/^ *Executable [^ ]*\/\([a-z_]*\)\.rs (\(.*\))$/\1 \2/p' |
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+built() {
+    "$@" >>"$log" 2>&1 || {
+        cat "$log" >&2
+        exit 1
+    }
+}
+built cargo build --release --workspace
+built cargo test --release --no-run -p vattn \
+    --test conformance --test model --test fault_sweep --test contents --test cuda
+built cargo bench --no-run -p vattn --benches
+# Cargo tells where it put each: `Executable benches/scenarios/main.rs (target/release/deps/scenarios-…)`.
+sed -n 's/^ *Executable .*(\(.*\/\([a-z_]*\)-[0-9a-f]*\))$/\2 \1/p' "$log" |
     while read -r name path; do
         cp "$path" "$folder/bin/$name"
     done
-cp "$target/release/vattn" "$folder/bin/"
-for library in libvattn_bridge.so; do
-    if [ -e "$target/release/$library" ]; then
-        cp "$target/release/$library" "$folder/bin/"
-    fi
-done
-strip "$folder"/bin/*
+cp "$target/release/vattn" "$target/release/libvattn_bridge.so" "$folder/bin/"
+strip --strip-all "$folder"/bin/*
 
-cp tests/gpu/run.sh "$folder/"
-cp tests/gpu/*.py "$folder/" 2>/dev/null || true
 for trace in azure_llm_2023_conv.csv sync_vs_async.csv; do
     if [ -e "$traces/$trace" ]; then
         cp "$traces/$trace" "$folder/traces/"
     fi
 done
 git rev-parse --short HEAD >"$folder/commit"
-rm "$folder/build.log"
-du -sh "$folder"
+du -ah "$folder" | sort -k 2

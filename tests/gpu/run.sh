@@ -3,8 +3,9 @@
 #
 #   ./run.sh [tests] [sanitizer] [probe] [replay] [bench] [kernels] [attention]      (default: all of them)
 #
-# `sanitizer` needs compute-sanitizer, `kernels` and `attention` a Python with PyTorch. Ends with the
-# list of what passed, and with an error if anything did not.
+# `sanitizer` needs compute-sanitizer, `kernels` and `attention` a Python with PyTorch. Every command has
+# a time limit, and one that hangs has failed. Ends with the list of what passed, and with an error if
+# anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
 out=${OUT:-$PWD/results}
@@ -12,15 +13,26 @@ mkdir -p "$out"
 export VATTN_REQUIRE_GPU=1 VATTN_TEST_DEVICE=cuda VATTN_BENCH_DEVICE=cuda
 export VATTN_TRACES="$PWD/traces"
 export LD_LIBRARY_PATH="$PWD/bin:${LD_LIBRARY_PATH:-}"
+# What criterion keeps from one run to the next; the figures are in its output, too.
+CRITERION_HOME=$(mktemp -d)
+export CRITERION_HOME
+trap 'rm -rf "$CRITERION_HOME"' EXIT
 : >"$out/summary.txt"
 failed=0
+# Seconds that a command may take.
+limit=300
 
 # Runs a command, keeps its output under a name, and notes how it ended.
 note() {
     name=$1
     shift
     start=$(date +%s)
-    if "$@" >"$out/$name.txt" 2>&1; then word=passed; else word=FAILED failed=1; fi
+    timeout -k 10 "$limit" "$@" >"$out/$name.txt" 2>&1
+    case $? in
+    0) word=passed ;;
+    124 | 137) word="FAILED at its time limit:" failed=1 ;;
+    *) word=FAILED failed=1 ;;
+    esac
     echo "$word $name ($(($(date +%s) - start)) s)" | tee -a "$out/summary.txt"
 }
 
@@ -41,21 +53,26 @@ sanitizer() {
 }
 
 probe() {
-    note probe bin/vattn probe
-    note probe-json bin/vattn probe --json
+    note probe bin/vattn probe --device cuda
+    note probe-json bin/vattn probe --device cuda --json
 }
 
 replay() {
     trace=traces/azure_llm_2023_conv.csv
-    for policy in vattn vattention; do
-        note "replay-$policy" bin/vattn replay --device cuda --policy "$policy" --trace "$trace" --json
-    done
+    set -- bin/vattn replay --device cuda --policy vattn,vattention
+    # Without it, requests are generated.
+    [ ! -e "$trace" ] || set -- "$@" --trace "$trace"
+    note replay "$@" --html "$out/replay.html"
+    note replay-json "$@" --format json
 }
 
+# Without `--bench` they would only show that they work.
 bench() {
-    note scenarios bin/scenarios --json "$out/scenarios.json"
-    note driver bin/driver --bench --measurement-time 1 --warm-up-time 0.5
-    note steady bin/steady --bench --measurement-time 1 --warm-up-time 0.5
+    note scenarios bin/scenarios --bench --json "$out/scenarios.json"
+    for bench in driver steady; do
+        note "$bench" "bin/$bench" --bench --noplot --nresamples 10000 \
+            --measurement-time 1 --warm-up-time 0.5
+    done
 }
 
 kernels() { note kernels python3 kernels.py "$out"; }
