@@ -37,9 +37,7 @@ sed -n 's/^ *Executable .*(\(.*\/\([a-z_]*\)-[0-9a-f]*\))$/\2 \1/p' "$log" |
     while read -r name path; do
         cp "$path" "$folder/bin/$name"
     done
-for built in vattn libvattn_bridge.so; do
-    cp "$target/release/$built" "$folder/bin/"
-done
+cp "$target/release/vattn" "$target/release/libvattn_bridge.so" "$folder/bin/"
 strip --strip-all "$folder"/bin/*
 
 for trace in azure_llm_2023_conv.csv sync_vs_async.csv; do

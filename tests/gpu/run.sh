@@ -1,9 +1,10 @@
 #!/bin/sh
 # Runs the GPU suite of the folder that it lies in, and leaves everything in FOLDER/results (or $OUT):
 #
-#   ./run.sh [tests] [sanitizer] [probe] [replay] [bench] [kernels] [attention]      (default: all of them)
+#   ./run.sh [tests] [sanitizer] [probe] [replay] [bench] [creating] [kernels] [attention]
+#   (default: all of them)
 #
-# `sanitizer` needs compute-sanitizer, `kernels` and `attention` a Python with PyTorch. Every command has
+# `sanitizer` needs compute-sanitizer, `creating`, `kernels` and `attention` a Python with PyTorch. Every command has
 # a time limit, and one that hangs has failed. Ends with the list of what passed, and with an error if
 # anything did not.
 set -u
@@ -53,13 +54,15 @@ sanitizer() {
 }
 
 probe() {
-    note probe bin/vattn probe
-    note probe-json bin/vattn probe --json
+    note probe bin/vattn probe --device cuda
+    note probe-json bin/vattn probe --device cuda --json
 }
 
 replay() {
-    set -- bin/vattn replay --device cuda --policy vattn,vattention \
-        --trace traces/azure_llm_2023_conv.csv
+    trace=traces/azure_llm_2023_conv.csv
+    set -- bin/vattn replay --device cuda --policy vattn,vattention
+    # Without it, requests are generated.
+    [ ! -e "$trace" ] || set -- "$@" --trace "$trace"
     note replay "$@" --html "$out/replay.html"
     note replay-json "$@" --format json
 }
@@ -67,14 +70,17 @@ replay() {
 # Without `--bench` they would only show that they work.
 bench() {
     note scenarios bin/scenarios --bench --json "$out/scenarios.json"
-    note driver bin/driver --bench --measurement-time 1 --warm-up-time 0.5
-    note steady bin/steady --bench --measurement-time 1 --warm-up-time 0.5
+    for bench in driver steady; do
+        note "$bench" "bin/$bench" --bench --noplot --nresamples 10000 \
+            --measurement-time 1 --warm-up-time 0.5
+    done
 }
 
+creating() { note creating python3 creating.py; }
 kernels() { note kernels python3 kernels.py "$out"; }
 attention() { note attention python3 attention.py "$out"; }
 
-[ $# -gt 0 ] || set -- tests sanitizer probe replay bench kernels attention
+[ $# -gt 0 ] || set -- tests sanitizer probe replay bench creating kernels attention
 for part in "$@"; do
     "$part"
 done
