@@ -57,6 +57,13 @@ struct Controls {
     waiting: Box<dyn Fn() -> u64>,
 }
 
+/// A stream by a number of a check's.
+fn stream(number: u64) -> Stream {
+    // SAFETY: host and ledger know streams by their numbers alone, and the card's numbers are translated to
+    // streams of its own.
+    unsafe { Stream::new(number) }
+}
+
 struct Subject {
     driver: Arc<dyn Driver>,
     live: Box<dyn Fn() -> Live>,
@@ -85,7 +92,7 @@ macro_rules! subject {
             live: Box::new(move || live.live()),
             memory: $memory,
             refuses_breaches: true,
-            stream: Box::new(Stream),
+            stream: Box::new(stream),
             controls: Controls {
                 hold: Box::new(move |stream| hold.hold(stream)),
                 fire: Box::new(move |stream| fire.fire(stream)),
@@ -137,14 +144,14 @@ fn cuda() -> Option<Subject> {
             counted.fetch_add(1, Ordering::SeqCst);
         }
     }));
-    let [hold, fire, capture, stream] = [(); 4].map(|()| Arc::clone(&card));
+    let [hold, fire, capture, streams] = [(); 4].map(|()| Arc::clone(&card));
     let books = Arc::clone(&driver);
     Some(Subject {
         driver,
         live: Box::new(move || books.live()),
         memory: Memory::Card(card),
         refuses_breaches: false,
-        stream: Box::new(move |number| stream.stream(Stream(number))),
+        stream: Box::new(move |number| streams.stream(stream(number))),
         controls: Controls {
             hold: Box::new(move |stream| hold.hold(stream)),
             fire: Box::new(move |stream| fire.fire(stream)),
@@ -263,12 +270,12 @@ impl Subject {
         self.driver.record_event((self.stream)(stream)).unwrap()
     }
 
-    fn hold(&self, stream: u64) {
-        (self.controls.hold)(Stream(stream));
+    fn hold(&self, number: u64) {
+        (self.controls.hold)(stream(number));
     }
 
-    fn fire(&self, stream: u64) {
-        (self.controls.fire)(Stream(stream));
+    fn fire(&self, number: u64) {
+        (self.controls.fire)(stream(number));
     }
 
     /// Asserts that a call is refused for a reason of the driver's own and changes nothing.
@@ -613,7 +620,7 @@ const CHECKS: &[Check] = &[
     }),
     ("a stream that is being captured takes no event", |subject| {
         let event = subject.record(1);
-        (subject.controls.capture)(Stream(1), true);
+        (subject.controls.capture)(stream(1), true);
         let before = (subject.live)();
         let refused = subject.driver.record_event((subject.stream)(1)).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::CapturingStream);
@@ -627,7 +634,7 @@ const CHECKS: &[Check] = &[
         subject.release(handle).unwrap();
         subject.free(base, 1).unwrap();
         assert!(subject.query(event).is_ok());
-        (subject.controls.capture)(Stream(1), false);
+        (subject.controls.capture)(stream(1), false);
         subject.stream_wait(1, event).unwrap();
         subject.destroy(event).unwrap();
     }),

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use common::card::{self, Card, ok, pointer};
 use common::kernels::Kernels;
-use common::{step, tokens};
+use common::{step, stream, tokens};
 use cudarc::driver::sys;
 use vattn::cache::ForeignEvent;
 use vattn::driver::checked::{Checked, CheckedOptions};
@@ -188,9 +188,9 @@ fn a_capture_goes_on_while_another_thread_works_on_the_cache() {
     let Some(card) = Card::open() else { return };
     let cache = cache(card.cuda.clone(), Bytes::gib(4));
     let slot = admit(&cache, 1000);
-    let captured = Stream(1);
+    let captured = stream(1);
     // Before the capture: making a stream is forbidden during one.
-    let [stream, another] = [captured, Stream(2)].map(|stream| card.stream(stream));
+    let [stream, another] = [captured, stream(2)].map(|stream| card.stream(stream));
     card.capture(captured, true);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -215,20 +215,23 @@ fn an_event_of_a_capture_is_no_fence() {
     let Some(card) = Card::open() else { return };
     let cache = cache(card.cuda.clone(), Bytes::gib(1));
     let slot = admit(&cache, 100);
-    card.capture(Stream(1), true);
-    let stream = card.stream(Stream(1));
+    card.capture(stream(1), true);
+    let stream = card.stream(stream(1));
     let mut event = std::ptr::null_mut();
     // SAFETY: the event is made, recorded into the capture, and destroyed here.
     unsafe {
         ok(sys::cuEventCreate(&raw mut event, 2));
-        ok(sys::cuEventRecord(event, pointer(stream.0)));
+        ok(sys::cuEventRecord(event, pointer(stream.number())));
         let raw = RawEvent(u64::try_from(event.addr()).unwrap());
         let refused = cache.retire(slot, &[Fence::Event(ForeignEvent::new(raw))]).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::CapturingStream, "{refused}");
         ok(sys::cuEventDestroy_v2(event));
         // Asking for such an event ends the capture: that is CUDA's rule, and the caller's mistake.
         let mut graph = std::ptr::null_mut();
-        println!("the capture ends with {:?}", sys::cuStreamEndCapture(pointer(stream.0), &raw mut graph));
+        println!(
+            "the capture ends with {:?}",
+            sys::cuStreamEndCapture(pointer(stream.number()), &raw mut graph)
+        );
     }
     step(&cache, slot, 200).unwrap();
     cache.retire(slot, &[Fence::Idle]).unwrap();
@@ -317,7 +320,7 @@ fn die(how: &str) {
     let cache = cache(card.cuda.clone(), Bytes::gib(2));
     let slot = admit(&cache, 1000);
     let parked = admit(&cache, 1000);
-    cache.retire(parked, &[Fence::Stream(card.stream(Stream(1)))]).unwrap();
+    cache.retire(parked, &[Fence::Stream(card.stream(stream(1)))]).unwrap();
     match how {
         "a kernel faults" => {
             let kernels = Kernels::get();

@@ -70,7 +70,8 @@ impl Card {
 
     /// The stream that stands for a number of a test's.
     pub(crate) fn stream(&self, stream: Stream) -> Stream {
-        self.with(stream, |held| Stream(held.stream))
+        // SAFETY: the stream lives as long as this card, whose drop synchronises it before it destroys it.
+        self.with(stream, |held| unsafe { Stream::new(held.stream) })
     }
 
     fn with<T>(&self, stream: Stream, then: impl FnOnce(&mut Held) -> T) -> T {
@@ -111,7 +112,7 @@ impl Card {
     }
 
     fn synchronize(&self, stream: Stream) {
-        let stream = self.stream(stream).0;
+        let stream = self.stream(stream).number();
         let waits_for_another = {
             let streams = self.streams.lock();
             streams.values().any(|held| held.open().load(Ordering::SeqCst) < held.holds)
@@ -125,7 +126,7 @@ impl Card {
 
     /// Begins a capture of the stream into a graph, or ends it, and expects it to have survived.
     pub(crate) fn capture(&self, stream: Stream, capturing: bool) {
-        let stream = pointer(self.stream(stream).0);
+        let stream = pointer(self.stream(stream).number());
         if capturing {
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
             // SAFETY: the stream is this card's.

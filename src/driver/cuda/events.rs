@@ -32,7 +32,7 @@ impl Events {
     pub(super) fn record(&self, api: &Api, stream: Stream) -> Result<RawEvent> {
         refuse_capturing(api, Verb::RecordEvent, stream)?;
         let event = Fresh::new(api, Verb::RecordEvent)?;
-        // SAFETY: the event is new; the stream is alive, as whoever names one to the library promises.
+        // SAFETY: the event is new; the stream is alive by the promise of `Stream::new`.
         codes::check(api, Verb::RecordEvent, None, unsafe { (api.event_record)(event.event, stream.0) })?;
         Ok(event.keep())
     }
@@ -132,7 +132,7 @@ pub(super) unsafe fn query(api: &Api, verb: Verb, event: RawEvent) -> Result<boo
 /// A record or a wait in a stream that is being captured would become part of the graph, in silence.
 pub(super) fn refuse_capturing(api: &Api, verb: Verb, stream: Stream) -> Result<()> {
     let mut status = 0;
-    // SAFETY: the pointer is to a living integer; the stream is alive, as whoever names one promises.
+    // SAFETY: the pointer is to a living integer; the stream is alive by the promise of `Stream::new`.
     codes::check(api, verb, None, unsafe { (api.stream_is_capturing)(stream.0, &raw mut status) })?;
     if status == 0 {
         return Ok(());
