@@ -8,7 +8,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::ledger::{Ledger, LedgerOptions};
@@ -606,15 +607,21 @@ const CHECKS: &[Check] = &[
         subject.hold(7);
         let event = subject.record(7);
         let driver = &subject.driver;
+        let firing = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // SAFETY: the event lives until the scope has ended.
-            let waiter = scope.spawn(move || unsafe { driver.wait_event(event) });
+            let waiter = scope.spawn(|| {
+                // SAFETY: the event lives until the scope has ended.
+                unsafe { driver.wait_event(event) }.unwrap();
+                assert!(firing.load(Ordering::SeqCst), "the wait ended before the event fired");
+            });
             while (subject.controls.waiting)() == before {
                 std::thread::yield_now();
             }
-            assert!(!waiter.is_finished());
+            // A card's waits count before they begin: this is time for one that does not block to end.
+            std::thread::sleep(Duration::from_millis(20));
+            firing.store(true, Ordering::SeqCst);
             subject.fire(7);
-            waiter.join().unwrap().unwrap();
+            waiter.join().unwrap();
         });
         subject.destroy(event).unwrap();
     }),
