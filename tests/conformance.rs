@@ -22,6 +22,7 @@ use vattn::driver::host::{Host, HostOptions};
 
 #[cfg(feature = "cuda")]
 #[path = "common/card.rs"]
+#[allow(dead_code, reason = "every test program uses a part of it")]
 mod card;
 
 const CAPACITY_IN_GRANULES: u64 = 64;

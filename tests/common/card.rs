@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use cudarc::driver::sys;
 use parking_lot::Mutex;
@@ -37,6 +37,8 @@ pub(crate) struct Card {
     streams: Mutex<BTreeMap<Stream, Held>>,
     /// For copies and kernels of the test itself.
     pub(crate) own: u64,
+    /// Streams and words are left to the process.
+    forgotten: AtomicBool,
 }
 
 /// A stream that waits for a number in the processor's memory to grow.
@@ -60,7 +62,12 @@ impl Card {
 
     pub(crate) fn new(cuda: Arc<Cuda>) -> Arc<Self> {
         enter(&cuda);
-        Arc::new(Self { cuda, streams: Mutex::default(), own: new_stream() })
+        Arc::new(Self {
+            cuda,
+            streams: Mutex::default(),
+            own: new_stream(),
+            forgotten: AtomicBool::new(false),
+        })
     }
 
     /// Makes the driver's context current on this thread.
@@ -109,6 +116,11 @@ impl Card {
 
     pub(crate) fn fire_all(&self) {
         self.streams.lock().values_mut().for_each(Held::fire);
+    }
+
+    /// Leaves the streams to the process, and nothing else: their context is about to die.
+    pub(crate) fn forget_streams(&self) {
+        self.forgotten.store(true, Ordering::SeqCst);
     }
 
     fn synchronize(&self, stream: Stream) {
@@ -180,8 +192,15 @@ impl Held {
 
 impl Drop for Card {
     fn drop(&mut self) {
-        self.enter();
+        if self.forgotten.load(Ordering::SeqCst) {
+            return;
+        }
         self.fire_all();
+        // What has failed is told already, and an assertion here would end all tests of the program.
+        if std::thread::panicking() {
+            return;
+        }
+        self.enter();
         for held in self.streams.lock().values() {
             // SAFETY: made by this card, and nothing waits for the word any more once the stream is done.
             unsafe {
