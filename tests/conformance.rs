@@ -8,7 +8,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::ledger::{Ledger, LedgerOptions};
@@ -21,6 +22,7 @@ use vattn::driver::host::{Host, HostOptions};
 
 #[cfg(feature = "cuda")]
 #[path = "common/card.rs"]
+#[allow(dead_code, reason = "every test program uses a part of it")]
 mod card;
 
 const CAPACITY_IN_GRANULES: u64 = 64;
@@ -57,6 +59,13 @@ struct Controls {
     waiting: Box<dyn Fn() -> u64>,
 }
 
+/// A stream by a number of a check's.
+fn stream(number: u64) -> Stream {
+    // SAFETY: host and ledger know streams by their numbers alone, and the card's numbers are translated to
+    // streams of its own.
+    unsafe { Stream::new(number) }
+}
+
 struct Subject {
     driver: Arc<dyn Driver>,
     live: Box<dyn Fn() -> Live>,
@@ -85,7 +94,7 @@ macro_rules! subject {
             live: Box::new(move || live.live()),
             memory: $memory,
             refuses_breaches: true,
-            stream: Box::new(Stream),
+            stream: Box::new(stream),
             controls: Controls {
                 hold: Box::new(move |stream| hold.hold(stream)),
                 fire: Box::new(move |stream| fire.fire(stream)),
@@ -137,14 +146,14 @@ fn cuda() -> Option<Subject> {
             counted.fetch_add(1, Ordering::SeqCst);
         }
     }));
-    let [hold, fire, capture, stream] = [(); 4].map(|()| Arc::clone(&card));
+    let [hold, fire, capture, streams] = [(); 4].map(|()| Arc::clone(&card));
     let books = Arc::clone(&driver);
     Some(Subject {
         driver,
         live: Box::new(move || books.live()),
         memory: Memory::Card(card),
         refuses_breaches: false,
-        stream: Box::new(move |number| stream.stream(Stream(number))),
+        stream: Box::new(move |number| streams.stream(stream(number))),
         controls: Controls {
             hold: Box::new(move |stream| hold.hold(stream)),
             fire: Box::new(move |stream| fire.fire(stream)),
@@ -263,12 +272,12 @@ impl Subject {
         self.driver.record_event((self.stream)(stream)).unwrap()
     }
 
-    fn hold(&self, stream: u64) {
-        (self.controls.hold)(Stream(stream));
+    fn hold(&self, number: u64) {
+        (self.controls.hold)(stream(number));
     }
 
-    fn fire(&self, stream: u64) {
-        (self.controls.fire)(Stream(stream));
+    fn fire(&self, number: u64) {
+        (self.controls.fire)(stream(number));
     }
 
     /// Asserts that a call is refused for a reason of the driver's own and changes nothing.
@@ -599,21 +608,27 @@ const CHECKS: &[Check] = &[
         subject.hold(7);
         let event = subject.record(7);
         let driver = &subject.driver;
+        let firing = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // SAFETY: the event lives until the scope has ended.
-            let waiter = scope.spawn(move || unsafe { driver.wait_event(event) });
+            let waiter = scope.spawn(|| {
+                // SAFETY: the event lives until the scope has ended.
+                unsafe { driver.wait_event(event) }.unwrap();
+                assert!(firing.load(Ordering::SeqCst), "the wait ended before the event fired");
+            });
             while (subject.controls.waiting)() == before {
                 std::thread::yield_now();
             }
-            assert!(!waiter.is_finished());
+            // A card's waits count before they begin: this is time for one that does not block to end.
+            std::thread::sleep(Duration::from_millis(20));
+            firing.store(true, Ordering::SeqCst);
             subject.fire(7);
-            waiter.join().unwrap().unwrap();
+            waiter.join().unwrap();
         });
         subject.destroy(event).unwrap();
     }),
     ("a stream that is being captured takes no event", |subject| {
         let event = subject.record(1);
-        (subject.controls.capture)(Stream(1), true);
+        (subject.controls.capture)(stream(1), true);
         let before = (subject.live)();
         let refused = subject.driver.record_event((subject.stream)(1)).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::CapturingStream);
@@ -627,7 +642,7 @@ const CHECKS: &[Check] = &[
         subject.release(handle).unwrap();
         subject.free(base, 1).unwrap();
         assert!(subject.query(event).is_ok());
-        (subject.controls.capture)(Stream(1), false);
+        (subject.controls.capture)(stream(1), false);
         subject.stream_wait(1, event).unwrap();
         subject.destroy(event).unwrap();
     }),

@@ -14,8 +14,8 @@ mod common;
 use std::process::{Command, Stdio};
 
 use common::contents::poke;
-use common::{Numbers, Shape, contents, setting, shapes, step, tokens};
-use vattn::driver::{Live, Stream};
+use common::{Numbers, Shape, contents, setting, shapes, step, stream, tokens};
+use vattn::driver::Live;
 use vattn::error::ErrorKind;
 use vattn::{Fence, KvCache, Part, SlotId};
 
@@ -39,7 +39,7 @@ fn rounds(shape: &Shape, count: u64, seed: u64) {
         let pick = usize::try_from(numbers.below(64)).unwrap();
         match numbers.below(16) {
             0..4 => {
-                if let Ok(slot) = cache.acquire(tokens(numbers.below(most)), Some(Stream(numbers.below(3)))) {
+                if let Ok(slot) = cache.acquire(tokens(numbers.below(most)), Some(stream(numbers.below(3)))) {
                     owners += 1;
                     active.push(Request { slot, owner: owners, tokens: 0 });
                 }
@@ -64,7 +64,7 @@ fn rounds(shape: &Shape, count: u64, seed: u64) {
             }
             11..13 if !active.is_empty() => {
                 let request = active.swap_remove(pick % active.len());
-                cache.retire(request.slot, &[Fence::Stream(Stream(numbers.below(3)))]).unwrap();
+                cache.retire(request.slot, &[Fence::Stream(stream(numbers.below(3)))]).unwrap();
             }
             13 if !active.is_empty() => {
                 let place = pick % active.len();

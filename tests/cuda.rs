@@ -15,8 +15,9 @@ use std::sync::Arc;
 
 use common::card::{self, Card, ok, pointer};
 use common::kernels::Kernels;
-use common::{step, tokens};
+use common::{step, stream, tokens};
 use cudarc::driver::sys;
+use parking_lot::{Mutex, MutexGuard};
 use vattn::cache::ForeignEvent;
 use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::cuda::{Cuda, CudaOptions, devices, driver_version};
@@ -26,6 +27,23 @@ use vattn::units::{Bytes, Device, DeviceAddr};
 use vattn::{Config, Fence, Geometry, Health, KvCache, Part, SlotId};
 
 const GRANULE: Bytes = Bytes::mib(2);
+
+/// One test at a time uses the card: some fill it, and some compare what is free.
+static CARD: Mutex<()> = Mutex::new(());
+
+type Alone = MutexGuard<'static, ()>;
+
+/// The driver of the first device for this test alone, where there is one.
+fn alone() -> Option<(Alone, Arc<Cuda>)> {
+    let alone = CARD.lock();
+    Some((alone, card::cuda()?))
+}
+
+/// The same with what tests need of a card.
+fn card_alone() -> Option<(Alone, Arc<Card>)> {
+    let alone = CARD.lock();
+    Some((alone, Card::open()?))
+}
 
 fn cache(driver: Arc<dyn Driver>, budget: Bytes) -> KvCache {
     let config = Config::builder(Geometry::preset("llama-3-8b").unwrap())
@@ -61,6 +79,7 @@ fn own_context() -> sys::CUcontext {
 
 #[test]
 fn without_a_gpu_every_way_in_says_what_is_missing() {
+    let _alone = CARD.lock();
     let Err(error) = Cuda::new(CudaOptions::default()) else { return };
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     assert!(error.to_string().contains("host driver"), "{error}");
@@ -70,7 +89,7 @@ fn without_a_gpu_every_way_in_says_what_is_missing() {
 
 #[test]
 fn an_ordinal_that_is_not_there_is_refused_with_those_that_are() {
-    let Some(_cuda) = card::cuda() else { return };
+    let Some((_alone, _cuda)) = alone() else { return };
     let count = devices().unwrap().len();
     let error = Cuda::new(CudaOptions { ordinal: Some(999), ..CudaOptions::default() }).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
@@ -79,7 +98,7 @@ fn an_ordinal_that_is_not_there_is_refused_with_those_that_are() {
 
 #[test]
 fn a_device_is_described_as_it_is() {
-    let Some(cuda) = card::cuda() else { return };
+    let Some((_alone, cuda)) = alone() else { return };
     let device = devices().unwrap().swap_remove(0);
     let info = cuda.info();
     assert_eq!((info.name, info.device), ("cuda", Device::Cuda(0)));
@@ -91,7 +110,7 @@ fn a_device_is_described_as_it_is() {
 
 #[test]
 fn without_a_current_context_the_primary_one_is_used_and_none_is_left_behind() {
-    let Some(cuda) = card::cuda() else { return };
+    let Some((_alone, cuda)) = alone() else { return };
     assert_eq!(current(), 0);
     let mut primary = std::ptr::null_mut();
     // SAFETY: retained and released here.
@@ -109,7 +128,7 @@ fn without_a_current_context_the_primary_one_is_used_and_none_is_left_behind() {
 
 #[test]
 fn the_current_context_is_used_and_other_threads_may_have_another() {
-    let Some(_cuda) = card::cuda() else { return };
+    let Some((_alone, _cuda)) = alone() else { return };
     let own = own_context();
     let cuda = Cuda::new(CudaOptions::default()).unwrap();
     assert_eq!(cuda.context(), u64::try_from(own.addr()).unwrap());
@@ -130,7 +149,7 @@ fn the_current_context_is_used_and_other_threads_may_have_another() {
 #[test]
 fn an_exported_handle_shows_the_same_memory_to_whoever_imports_it() {
     use std::os::fd::AsRawFd;
-    let Some(plain) = card::cuda() else { return };
+    let Some((_alone, plain)) = alone() else { return };
     let handle = plain.create(GRANULE).unwrap();
     // SAFETY: the handle is alive, and released once.
     unsafe {
@@ -170,7 +189,7 @@ fn an_exported_handle_shows_the_same_memory_to_whoever_imports_it() {
 
 #[test]
 fn handles_for_network_cards_are_made_or_refused_with_a_reason() {
-    let Some(_cuda) = card::cuda() else { return };
+    let Some((_alone, _cuda)) = alone() else { return };
     let handles = HandleOptions { exportable: false, rdma: true };
     let can = devices().unwrap()[0].rdma;
     match Cuda::new(CudaOptions { ordinal: None, handles }) {
@@ -188,12 +207,12 @@ fn handles_for_network_cards_are_made_or_refused_with_a_reason() {
 
 #[test]
 fn a_capture_goes_on_while_another_thread_works_on_the_cache() {
-    let Some(card) = Card::open() else { return };
+    let Some((_alone, card)) = card_alone() else { return };
     let cache = cache(card.cuda.clone(), Bytes::gib(4));
     let slot = admit(&cache, 1000);
-    let captured = Stream(1);
+    let captured = stream(1);
     // Before the capture: making a stream is forbidden during one.
-    let [stream, another] = [captured, Stream(2)].map(|stream| card.stream(stream));
+    let [stream, another] = [captured, stream(2)].map(|stream| card.stream(stream));
     card.capture(captured, true);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -215,23 +234,26 @@ fn a_capture_goes_on_while_another_thread_works_on_the_cache() {
 
 #[test]
 fn an_event_of_a_capture_is_no_fence() {
-    let Some(card) = Card::open() else { return };
+    let Some((_alone, card)) = card_alone() else { return };
     let cache = cache(card.cuda.clone(), Bytes::gib(1));
     let slot = admit(&cache, 100);
-    card.capture(Stream(1), true);
-    let stream = card.stream(Stream(1));
+    card.capture(stream(1), true);
+    let stream = card.stream(stream(1));
     let mut event = std::ptr::null_mut();
     // SAFETY: the event is made, recorded into the capture, and destroyed here.
     unsafe {
         ok(sys::cuEventCreate(&raw mut event, 2));
-        ok(sys::cuEventRecord(event, pointer(stream.0)));
+        ok(sys::cuEventRecord(event, pointer(stream.number())));
         let raw = RawEvent(u64::try_from(event.addr()).unwrap());
         let refused = cache.retire(slot, &[Fence::Event(ForeignEvent::new(raw))]).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::CapturingStream, "{refused}");
         ok(sys::cuEventDestroy_v2(event));
         // Asking for such an event ends the capture: that is CUDA's rule, and the caller's mistake.
         let mut graph = std::ptr::null_mut();
-        println!("the capture ends with {:?}", sys::cuStreamEndCapture(pointer(stream.0), &raw mut graph));
+        println!(
+            "the capture ends with {:?}",
+            sys::cuStreamEndCapture(pointer(stream.number()), &raw mut graph)
+        );
     }
     step(&cache, slot, 200).unwrap();
     cache.retire(slot, &[Fence::Idle]).unwrap();
@@ -239,7 +261,7 @@ fn an_event_of_a_capture_is_no_fence() {
 
 #[test]
 fn memory_that_another_takes_is_an_error_and_what_it_gives_back_is_used() {
-    let Some(card) = Card::open() else { return };
+    let Some((_alone, card)) = card_alone() else { return };
     // Loaded now, so that what they take is not looked for at the end.
     let _kernels = Kernels::get();
     let cuda = &card.cuda;
@@ -274,7 +296,7 @@ fn memory_that_another_takes_is_an_error_and_what_it_gives_back_is_used() {
 
 #[test]
 fn more_up_front_than_is_free_leaves_nothing_behind() {
-    let Some(cuda) = card::cuda() else { return };
+    let Some((_alone, cuda)) = alone() else { return };
     let start = cuda.memory_info().unwrap();
     let config = Config::builder(Geometry::preset("llama-3-8b").unwrap())
         .budget(start.total)
@@ -286,7 +308,7 @@ fn more_up_front_than_is_free_leaves_nothing_behind() {
 
 #[test]
 fn every_device_has_a_driver_of_its_own() {
-    let Some(_cuda) = card::cuda() else { return };
+    let Some((_alone, _cuda)) = alone() else { return };
     let devices = devices().unwrap();
     if devices.len() < 2 {
         println!("SKIP: one device is too few to tell two apart");
@@ -333,12 +355,12 @@ const DEATHS: [&str; 3] = ["a kernel faults", "the context is destroyed", "the p
 fn die(how: &str) {
     let own = (how == "the context is destroyed").then(own_context);
     let card = Card::open().unwrap();
-    // Past the test's end nothing of CUDA works any more: its own streams are left to the process.
-    let card = std::mem::ManuallyDrop::new(card);
+    // The test's own cleanup would fail; the driver's own has to bear it.
+    card.forget_streams();
     let cache = cache(card.cuda.clone(), Bytes::gib(2));
     let slot = admit(&cache, 1000);
     let parked = admit(&cache, 1000);
-    cache.retire(parked, &[Fence::Stream(card.stream(Stream(1)))]).unwrap();
+    cache.retire(parked, &[Fence::Stream(card.stream(stream(1)))]).unwrap();
     match how {
         "a kernel faults" => {
             let kernels = Kernels::get();
@@ -362,7 +384,9 @@ fn die(how: &str) {
     assert_eq!(cache.health(), Health::Failed);
     assert_eq!(step(&cache, slot, 9_000).unwrap_err().kind(), ErrorKind::Unhealthy);
     drop(cache);
-    println!("the cache outlived its context");
+    assert_eq!(Arc::strong_count(&card.cuda), 1, "the driver is dropped here");
+    drop(card);
+    println!("cache and driver outlived the context");
 }
 
 /// Runs in children alone.
@@ -377,7 +401,7 @@ fn child() {
 
 #[test]
 fn a_context_that_dies_is_an_error_and_never_the_end_of_the_process() {
-    let Some(_cuda) = card::cuda() else { return };
+    let Some((_alone, _cuda)) = alone() else { return };
     for how in DEATHS {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["child", "--exact", "--nocapture", "--test-threads=1"])
@@ -389,14 +413,14 @@ fn a_context_that_dies_is_an_error_and_never_the_end_of_the_process() {
         let [text, why] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
         println!("{how}: {text}");
         assert!(output.status.success(), "{how}: {:?} {text} {why}", output.status);
-        assert!(text.contains("the cache outlived its context"), "{how}: {text}");
+        assert!(text.contains("cache and driver outlived the context"), "{how}: {text}");
     }
 }
 
 /// An address that nobody may use is known to be one: the reservation is larger than memory.
 #[test]
 fn twelve_tebibytes_of_addresses_are_reserved_and_given_back() {
-    let Some(cuda) = card::cuda() else { return };
+    let Some((_alone, cuda)) = alone() else { return };
     let size = Bytes::gib(12 << 10);
     let bases: Vec<DeviceAddr> = (0..3).map(|_| cuda.reserve(size).unwrap()).collect();
     for base in bases {

@@ -12,7 +12,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use common::{Shape, Watch, contents, shapes, step, tokens};
+use common::{Shape, Watch, contents, shapes, step, stream, tokens};
 use vattn::driver::checked::Checked;
 use vattn::driver::{Live, Stream};
 use vattn::error::{ErrorKind, Verb};
@@ -21,8 +21,8 @@ use vattn::{Fence, Health, KvCache, Result, SlotId, SlotTokens};
 
 const KINDS: [ErrorKind; 4] =
     [ErrorKind::Driver, ErrorKind::OutOfDeviceMemory, ErrorKind::OutOfMappings, ErrorKind::DeviceLost];
-const ONE: Stream = Stream(1);
-const TWO: Stream = Stream(2);
+const ONE: Stream = stream(1);
+const TWO: Stream = stream(2);
 
 /// A cache with two requests under way, and memory of two that are done.
 struct Scene {

@@ -126,7 +126,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 fn stream(number: u8) -> Stream {
-    Stream(u64::from(number))
+    common::stream(u64::from(number))
 }
 
 struct World {

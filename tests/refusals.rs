@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use vattn::driver::Live;
 use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::ledger::{Ledger, LedgerOptions};
+use vattn::driver::{Live, Stream};
 use vattn::error::Verb;
 use vattn::geometry::{ConfigBuilder, Dtype, LayoutKind};
 use vattn::{Bytes, Config, ErrorKind, Fence, Geometry, Health, KvCache, SlotTokens, TokenCount};
@@ -124,13 +124,15 @@ fn a_slot_whose_way_is_blocked_for_ever_stops_nobody_else() {
 fn what_failed_is_not_counted_as_done() {
     let driver = driver(None);
     let cache = KvCache::new(small().build().unwrap(), driver.clone()).unwrap();
-    let stream = |number| vattn::driver::Stream(number);
-    let slot = cache.acquire(tokens(100), Some(stream(3))).unwrap();
+    let slot = cache.acquire(tokens(100), Some(Stream::LEGACY)).unwrap();
     cache.step(&[SlotTokens::new(slot, tokens(100))]).unwrap();
-    cache.retire(slot, &[Fence::Stream(stream(3))]).unwrap();
+    cache.retire(slot, &[Fence::Stream(Stream::LEGACY)]).unwrap();
     driver.fail_call_of(Verb::StreamWait, 1, ErrorKind::CapturingStream);
     let before = cache.snapshot().events;
-    assert_eq!(refusal(cache.acquire(tokens(100), Some(stream(4))), &[]), ErrorKind::CapturingStream);
+    assert_eq!(
+        refusal(cache.acquire(tokens(100), Some(Stream::PER_THREAD)), &[]),
+        ErrorKind::CapturingStream
+    );
     let after = cache.snapshot();
     assert_eq!((after.events, after.slots.active), (before, 0));
     assert_eq!(after.failures[&ErrorKind::CapturingStream], 1);
@@ -150,7 +152,7 @@ fn the_spare_slot_is_nobodys() {
 fn per_thread_streams_are_never_taken_for_one_another() {
     let driver = driver(None);
     let cache = KvCache::new(small().build().unwrap(), driver.clone()).unwrap();
-    let stream = vattn::driver::Stream::PER_THREAD;
+    let stream = Stream::PER_THREAD;
     let slot = cache.acquire(tokens(100), Some(stream)).unwrap();
     cache.step(&[SlotTokens::new(slot, tokens(100))]).unwrap();
     cache.retire(slot, &[Fence::Stream(stream)]).unwrap();

@@ -13,14 +13,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
-use common::{Numbers, Shape, Watch, contents, setting, shapes, step, tokens};
+use common::{Numbers, Shape, Watch, contents, setting, shapes, step, stream, tokens};
 use parking_lot::{Condvar, Mutex};
 use vattn::driver::{Driver, Live, Stream};
 use vattn::error::{ErrorKind, Verb};
 use vattn::{Bytes, Fence, Health, KvCache, SlotId, SlotTokens};
 
-const ONE: Stream = Stream(1);
-const TWO: Stream = Stream(2);
+const ONE: Stream = stream(1);
+const TWO: Stream = stream(2);
 const IDLE: &[Fence] = &[Fence::Idle];
 
 fn shape() -> Shape {
@@ -190,7 +190,7 @@ fn two_threads_drop_the_last_references() {
 /// One thread's traffic on slots of its own.
 fn traffic(cache: &KvCache, thread: u64, rounds: u64) {
     let mut numbers = Numbers::new(thread + 1);
-    let stream = Stream(thread % 4);
+    let stream = stream(thread % 4);
     for round in 0..rounds {
         let owner = thread << 32 | round;
         let Ok(slot) = cache.acquire(tokens(numbers.below(100)), Some(stream)) else {
@@ -234,7 +234,7 @@ fn sixteen_threads_at_once() {
                 let bytes = Bytes::new(4096 * numbers.below(150));
                 match numbers.below(4) {
                     0 => cache.reclaim(bytes, IDLE).map(drop).unwrap(),
-                    1 => cache.trim(bytes, &[Fence::Stream(Stream(3))]).map(drop).unwrap(),
+                    1 => cache.trim(bytes, &[Fence::Stream(stream(3))]).map(drop).unwrap(),
                     2 => drop(cache.set_budget(Bytes::new(4096 * (100 + numbers.below(100))))),
                     _ => cache.report().map(drop).unwrap(),
                 }
@@ -477,10 +477,10 @@ fn fences_do_not_pile_up_on_a_slot_that_is_adopted_over_and_over() {
     let (watch, cache) = cache_of(&shape());
     let mut slot = request(&cache, 100);
     for round in 0..100 {
-        let (fence, event) = watch.foreign(Stream(round % 7));
+        let (fence, event) = watch.foreign(stream(round % 7));
         cache.retire(slot, &[fence]).unwrap();
         watch.destroy(event);
-        slot = cache.acquire(tokens(100), Some(Stream(round % 5))).unwrap();
+        slot = cache.acquire(tokens(100), Some(stream(round % 5))).unwrap();
         step(&cache, slot, 100).unwrap();
     }
     assert_eq!(cache.snapshot().events.adopted, 100);

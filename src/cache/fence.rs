@@ -18,8 +18,8 @@ use crate::slot;
 pub enum Fence {
     /// Nothing on the device uses the memory any more.
     Idle,
-    /// All that is in the stream by now. `Stream(0)` is CUDA's legacy default stream. A stream is
-    /// synchronised before it is destroyed, since its number may be used again.
+    /// All that is in the stream by now. The stream is synchronised before it is destroyed, as
+    /// [`Stream::new`] asks, since its number may be used again.
     Stream(Stream),
     /// An event of the caller's. Prefer a stream: an event is followed on a stream of the library's, of
     /// which a driver has a few (CUDA: eight), so that beyond those one that is long in firing can hold

@@ -14,7 +14,7 @@ impl KvCache {
     ///
     /// `hint` is how many tokens it will soon hold, its prompt's for example: of the parked slots the
     /// one is adopted whose memory suits that best, so that its first step maps little or nothing.
-    /// `stream` is where the request's work will run. What an earlier owner of the memory left
+    /// `stream` is where the request's work will run; it is alive, as [`Stream::new`] asks. What an earlier owner of the memory left
     /// running on another stream is waited for there, on the device; with `None` the calling thread
     /// waits.
     ///

@@ -47,19 +47,41 @@ pub struct RawHandle(pub u64);
 
 /// A stream of device work: a `CUstream`'s number. Zero is CUDA's legacy default stream, never
 /// "no stream".
-///
-/// The library tells streams apart by their numbers, and a number may be given to a new stream once
-/// its own is destroyed. So a stream that was named to the library is synchronised before it is
-/// destroyed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(transparent)]
-pub struct Stream(pub u64);
+pub struct Stream(u64);
 
 impl Stream {
     /// CUDA's legacy default stream, which a NULL stream stands for.
     pub const LEGACY: Self = Self(0);
     /// CUDA's per-thread default stream: another stream in each thread.
     pub const PER_THREAD: Self = Self(2);
+
+    /// Names a stream to the library, which tells streams apart by their numbers. CUDA may give a
+    /// number again once its stream is destroyed.
+    ///
+    /// # Safety
+    /// - `number` is 0, 1 or 2, which are CUDA's own, or a stream of the context in which the driver
+    ///   it is given to works, alive until the last call that names it returns;
+    /// - after the last call that names it as a fence, the stream is synchronised before it is
+    ///   destroyed.
+    #[expect(unsafe_code, reason = "a stream can only be vouched for by whoever made it")]
+    #[must_use]
+    pub const unsafe fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// The number, as CUDA has it.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+
+    /// For the unit tests, whose drivers know no streams but by their numbers.
+    #[cfg(test)]
+    pub(crate) const fn of_test(number: u64) -> Self {
+        Self(number)
+    }
 }
 
 /// A point in a stream: a `CUevent`'s number.
@@ -194,7 +216,8 @@ pub unsafe trait Driver: fmt::Debug + Send + Sync {
     unsafe fn release(&self, handle: RawHandle) -> Result<()>;
 
     /// Marks the point that a stream has reached: a new event, which has fired once all work that
-    /// was in the stream before it is done.
+    /// was in the stream before it is done. The stream is alive: that is the promise of
+    /// [`Stream::new`].
     ///
     /// # Errors
     /// [`CapturingStream`](crate::ErrorKind::CapturingStream) where the stream is being captured.
@@ -219,7 +242,8 @@ pub unsafe trait Driver: fmt::Debug + Send + Sync {
     /// - `event` is a living event of this device.
     unsafe fn wait_event(&self, event: RawEvent) -> Result<()>;
 
-    /// Makes later work of a stream wait for an event. Never blocks the calling thread.
+    /// Makes later work of a stream, alive by the promise of [`Stream::new`], wait for an event. Never
+    /// blocks the calling thread.
     ///
     /// # Safety
     /// - `event` is a living event of this device.

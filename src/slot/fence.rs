@@ -72,7 +72,7 @@ mod tests {
         let driver = DriverHandle::new(Ledger::new(options).unwrap(), Arc::new(Counters::default()));
         let mut kept = Vec::new();
         for (stream, started, ended) in fences {
-            let event = Event::record(&driver, Stream(7)).unwrap();
+            let event = Event::record(&driver, Stream::of_test(7)).unwrap();
             let _implied = add(&mut kept, vec![Fence::new(event, *stream, *started, *ended)]);
         }
         kept.iter().map(|fence| fence.started).collect()
@@ -80,16 +80,16 @@ mod tests {
 
     #[test]
     fn a_later_fence_of_one_stream_stands_for_the_earlier_whichever_is_published_first() {
-        let stream = Some(Stream(7));
+        let stream = Some(Stream::of_test(7));
         assert_eq!(left(&[(stream, 1, 2), (stream, 3, 4)]), [3]);
         assert_eq!(left(&[(stream, 3, 4), (stream, 1, 2)]), [3]);
     }
 
     #[test]
     fn fences_that_say_different_things_are_all_kept() {
-        let stream = Some(Stream(7));
+        let stream = Some(Stream::of_test(7));
         assert_eq!(left(&[(stream, 1, 3), (stream, 2, 4)]), [1, 2], "recorded at the same time");
-        assert_eq!(left(&[(stream, 1, 2), (Some(Stream(8)), 3, 4)]), [1, 3]);
+        assert_eq!(left(&[(stream, 1, 2), (Some(Stream::of_test(8)), 3, 4)]), [1, 3]);
         assert_eq!(left(&[(None, 1, 2), (None, 3, 4)]), [1, 3]);
         let per_thread = Some(Stream::PER_THREAD);
         assert_eq!(left(&[(per_thread, 1, 2), (per_thread, 3, 4)]), [1, 3]);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use cudarc::driver::sys;
 use parking_lot::Mutex;
@@ -37,6 +37,8 @@ pub(crate) struct Card {
     streams: Mutex<BTreeMap<Stream, Held>>,
     /// For copies and kernels of the test itself.
     pub(crate) own: u64,
+    /// Streams and words are left to the process.
+    forgotten: AtomicBool,
 }
 
 /// A stream that waits for a number in the processor's memory to grow.
@@ -60,7 +62,12 @@ impl Card {
 
     pub(crate) fn new(cuda: Arc<Cuda>) -> Arc<Self> {
         enter(&cuda);
-        Arc::new(Self { cuda, streams: Mutex::default(), own: new_stream() })
+        Arc::new(Self {
+            cuda,
+            streams: Mutex::default(),
+            own: new_stream(),
+            forgotten: AtomicBool::new(false),
+        })
     }
 
     /// Makes the driver's context current on this thread.
@@ -70,7 +77,8 @@ impl Card {
 
     /// The stream that stands for a number of a test's.
     pub(crate) fn stream(&self, stream: Stream) -> Stream {
-        self.with(stream, |held| Stream(held.stream))
+        // SAFETY: the stream lives as long as this card, whose drop synchronises it before it destroys it.
+        self.with(stream, |held| unsafe { Stream::new(held.stream) })
     }
 
     fn with<T>(&self, stream: Stream, then: impl FnOnce(&mut Held) -> T) -> T {
@@ -110,8 +118,13 @@ impl Card {
         self.streams.lock().values_mut().for_each(Held::fire);
     }
 
+    /// Leaves the streams to the process, and nothing else: their context is about to die.
+    pub(crate) fn forget_streams(&self) {
+        self.forgotten.store(true, Ordering::SeqCst);
+    }
+
     fn synchronize(&self, stream: Stream) {
-        let stream = self.stream(stream).0;
+        let stream = self.stream(stream).number();
         let waits_for_another = {
             let streams = self.streams.lock();
             streams.values().any(|held| held.open().load(Ordering::SeqCst) < held.holds)
@@ -125,7 +138,7 @@ impl Card {
 
     /// Begins a capture of the stream into a graph, or ends it, and expects it to have survived.
     pub(crate) fn capture(&self, stream: Stream, capturing: bool) {
-        let stream = pointer(self.stream(stream).0);
+        let stream = pointer(self.stream(stream).number());
         if capturing {
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
             // SAFETY: the stream is this card's.
@@ -179,8 +192,15 @@ impl Held {
 
 impl Drop for Card {
     fn drop(&mut self) {
-        self.enter();
+        if self.forgotten.load(Ordering::SeqCst) {
+            return;
+        }
         self.fire_all();
+        // What has failed is told already, and an assertion here would end all tests of the program.
+        if std::thread::panicking() {
+            return;
+        }
+        self.enter();
         for held in self.streams.lock().values() {
             // SAFETY: made by this card, and nothing waits for the word any more once the stream is done.
             unsafe {

@@ -656,7 +656,7 @@ mod tests {
     #[should_panic(expected = "which was destroyed")]
     fn a_destroyed_event_is_caught() {
         let driver = checked(CheckedOptions::TEST);
-        let event = driver.record_event(Stream(0)).unwrap();
+        let event = driver.record_event(Stream::LEGACY).unwrap();
         // SAFETY: breaks the contract on purpose, on a driver without memory.
         unsafe {
             driver.destroy_event(event).unwrap();

@@ -35,7 +35,7 @@ impl Events {
         let verb = Verb::RecordEvent;
         refuse_capturing(context, verb, stream)?;
         let event = Fresh::new(context, verb)?;
-        // SAFETY: the event is new; the stream is alive, as whoever names one to the library promises.
+        // SAFETY: the event is new; the stream is alive by the promise of `Stream::new`.
         let code = unsafe { (context.api().event_record)(event.event, stream.0) };
         context.check_of_caller(verb, code)?;
         Ok(event.keep())
@@ -147,7 +147,7 @@ pub(super) unsafe fn query(context: &Context, verb: Verb, event: RawEvent) -> Re
 /// A record or a wait in a stream that is being captured would become part of the graph, in silence.
 pub(super) fn refuse_capturing(context: &Context, verb: Verb, stream: Stream) -> Result<()> {
     let mut status = 0;
-    // SAFETY: the pointer is to a living integer; the stream is alive, as whoever names one promises.
+    // SAFETY: the pointer is to a living integer; the stream is alive by the promise of `Stream::new`.
     let code = unsafe { (context.api().stream_is_capturing)(stream.0, &raw mut status) };
     context.check_of_caller(verb, code)?;
     if status == 0 {

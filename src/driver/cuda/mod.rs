@@ -276,7 +276,7 @@ unsafe impl Driver for Cuda {
     unsafe fn stream_wait(&self, stream: Stream, event: RawEvent) -> Result<()> {
         let _entered = self.context.enter(Verb::StreamWait)?;
         events::refuse_capturing(&self.context, Verb::StreamWait, stream)?;
-        // SAFETY: the caller's condition is CUDA's.
+        // SAFETY: the caller says that the event lives, and `Stream::new` made it promise the stream.
         let code = unsafe { (self.context.api().stream_wait_event)(stream.0, event.0, 0) };
         self.context.check_of_caller(Verb::StreamWait, code)
     }

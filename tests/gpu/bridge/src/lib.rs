@@ -194,7 +194,8 @@ pub unsafe extern "C" fn bridge_acquire(bridge: *mut Bridge, hint: u64, slot: *m
 /// One step of several slots, each to so many tokens in all.
 ///
 /// # Safety
-/// - `bridge` came from [`bridge_open`]; `slots` and `tokens` point to `count` numbers each.
+/// - `bridge` came from [`bridge_open`]; `slots` and `tokens` point to `count` numbers each, or
+///   anywhere where that is 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bridge_step(
     bridge: *mut Bridge,
@@ -205,6 +206,9 @@ pub unsafe extern "C" fn bridge_step(
     // SAFETY: the caller promises all three.
     unsafe {
         done(bridge, |bridge| {
+            if count == 0 {
+                return bridge.step(&[], &[]);
+            }
             let slots = std::slice::from_raw_parts(slots, count);
             bridge.step(slots, std::slice::from_raw_parts(tokens, count))
         })
