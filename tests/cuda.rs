@@ -340,7 +340,7 @@ fn a_stream_of_another_context_is_never_the_devices_end() {
     let foreign = Card::new(Cuda::new(CudaOptions::default()).unwrap());
     let theirs = foreign.stream(stream(1));
     // A stream of a living context that is another's: CUDA takes it or not, and nothing is lost.
-    let answer = cache.retire(slot, &[Fence::Stream(stream)]);
+    let answer = cache.retire(slot, &[Fence::Stream(theirs)]);
     println!("a stream of another context: {answer:?}");
     assert_eq!(cache.health(), Health::Healthy);
     drop(foreign);
