@@ -8,13 +8,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::driver::{Access, Driver, Live, RawEvent, RawHandle, Stream};
-use vattn::error::{ErrorKind, Result, Verb};
+use vattn::error::{ErrorKind, Result};
 use vattn::units::{Bytes, DeviceAddr};
 
 #[cfg(target_os = "linux")]
@@ -135,6 +135,10 @@ fn checked(inner: Subject) -> Subject {
 /// Under the checking driver, which keeps the books that CUDA does not show, and gives it a capacity.
 #[cfg(feature = "cuda")]
 fn cuda() -> Option<Subject> {
+    use std::sync::atomic::AtomicU64;
+
+    use vattn::error::Verb;
+
     let card = card::Card::open()?;
     let capacity = card.cuda.info().granule.bytes() * CAPACITY_IN_GRANULES;
     let options = CheckedOptions { assert_contract: false, budget: Some(capacity), ..CheckedOptions::TEST };

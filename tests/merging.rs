@@ -39,46 +39,57 @@ fn of_small_extents(device: u64) -> (KvCache, Arc<Checked>) {
     }
     cache.reclaim(GRANULE * BUDGET, &[Fence::Idle]).unwrap();
     assert_eq!(cache.snapshot().extents[0].free, BUDGET);
-    driver.reset_counts();
     (cache, driver)
 }
 
-/// A prompt of 64 granules in each tensor: how many extents are created, released and mapped for it.
-fn prompt(cache: &KvCache, driver: &Checked) -> [u64; 3] {
-    let tokens = TokenCount::new(64 * 32);
+/// A prompt of so many granules in each tensor: how many extents are created, released and mapped for it.
+fn prompt(cache: &KvCache, driver: &Checked, granules: u64) -> [u64; 3] {
+    driver.reset_counts();
+    let tokens = TokenCount::new(granules * 32);
     let slot = cache.acquire(tokens, None).unwrap();
     cache.step(&[SlotTokens::new(slot, tokens)]).unwrap();
     [Verb::Create, Verb::Release, Verb::Map].map(|verb| driver.calls().of(verb))
 }
 
+/// How many extents of so many granules are free, and how many are mapped.
+fn extents(cache: &KvCache, granules: u64) -> [u64; 2] {
+    let extents = cache.snapshot().extents;
+    let class = extents.iter().find(|class| class.granules.get() == granules).unwrap();
+    [class.free, class.mapped]
+}
+
 #[test]
 fn a_device_with_room_is_worth_fewer_mappings() {
     let (cache, driver) = of_small_extents(BUDGET * 2);
-    assert_eq!(prompt(&cache, &driver), [2, 128, 2]);
+    assert_eq!(prompt(&cache, &driver, 64), [2, 128, 2]);
     assert_eq!(driver.calls().of(Verb::MemoryInfo), 1, "the device is asked once a step");
 }
 
 #[test]
 fn on_a_device_that_is_nearly_full_a_prompt_takes_what_there_is() {
     let (cache, driver) = of_small_extents(BUDGET + BUDGET / 32);
-    assert_eq!(prompt(&cache, &driver), [0, 0, 128]);
+    assert_eq!(prompt(&cache, &driver, 64), [0, 0, 128]);
     assert_eq!(cache.snapshot().events.resized, 0);
 }
 
 #[test]
-fn on_a_device_that_is_nearly_full_a_large_extent_is_still_split() {
+fn on_a_device_that_is_nearly_full_a_large_extent_is_split_once_the_small_ones_are_used() {
     let (cache, driver) = of_small_extents(BUDGET + BUDGET / 32);
-    cache.trim(Bytes::ZERO, &[Fence::Idle]).unwrap();
-    // One extent of 128 granules in each tensor, and nothing else.
-    let whole = TokenCount::new(128 * 32);
-    let slot = cache.acquire(whole, None).unwrap();
-    cache.step(&[SlotTokens::new(slot, whole)]).unwrap();
+    cache.trim(GRANULE * (BUDGET / 2), &[Fence::Idle]).unwrap();
+    let tokens = TokenCount::new(64 * 32);
+    let slot = cache.acquire(tokens, None).unwrap();
+    cache.step(&[SlotTokens::new(slot, tokens)]).unwrap();
     cache.retire(slot, &[Fence::Idle]).unwrap();
-    driver.reset_counts();
-    for count in [33, 70, 100] {
-        let slot = cache.acquire(TokenCount::new(count), None).unwrap();
-        cache.step(&[SlotTokens::new(slot, TokenCount::new(count))]).unwrap();
+    cache.reclaim(GRANULE * BUDGET, &[Fence::Idle]).unwrap();
+    assert_eq!([1, 64].map(|granules| extents(&cache, granules)), [[BUDGET / 2, 0], [2, 0]]);
+
+    for _ in 0..2 {
+        assert_eq!(
+            prompt(&cache, &driver, 32),
+            [0, 0, 64],
+            "one of 64 is left whole, and none of 32 is merged"
+        );
     }
-    let calls = driver.calls();
-    assert!(calls.of(Verb::Create) > 0 && calls.of(Verb::Release) <= 2, "{calls:?}");
+    assert_eq!(prompt(&cache, &driver, 32), [2, 1, 2], "one of 64 becomes two of 32");
+    assert_eq!([1, 32, 64].map(|granules| extents(&cache, granules)), [[0, BUDGET / 2], [0, 2], [1, 0]]);
 }

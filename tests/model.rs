@@ -620,5 +620,5 @@ macro_rules! shapes {
 
 shapes! {
     sliced per_layer grouped unequal latents large_tokens small_slots committed llama llama_per_layer mixed
-    small_device
+    small_device full_device
 }

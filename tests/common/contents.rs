@@ -4,7 +4,9 @@ use std::ops::Range;
 
 use vattn::cache::TensorView;
 use vattn::layout::Part;
-use vattn::units::{Device, DeviceAddr};
+#[cfg(feature = "cuda")]
+use vattn::units::Device;
+use vattn::units::DeviceAddr;
 use vattn::{KvCache, SlotId};
 
 pub(crate) fn pointer(addr: DeviceAddr) -> *mut u8 {

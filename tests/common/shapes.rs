@@ -215,6 +215,20 @@ pub(crate) fn small_device() -> Shape {
     Shape { device_has: Some(400), ..shape }
 }
 
+/// Never a sixteenth of the device is free once the budget is held: extents are not merged.
+pub(crate) fn full_device() -> Shape {
+    let geometry = Geometry::preset("llama-3-8b").unwrap();
+    let shape = full_size(
+        "a device with hardly more than the budget",
+        geometry,
+        "sliced",
+        &[65536, 65536],
+        8192,
+        700,
+    );
+    Shape { device_has: Some(710), ..shape }
+}
+
 pub(crate) fn all() -> Vec<Shape> {
     vec![
         sliced(),
@@ -229,5 +243,6 @@ pub(crate) fn all() -> Vec<Shape> {
         llama_per_layer(),
         mixed(),
         small_device(),
+        full_device(),
     ]
 }
