@@ -349,11 +349,11 @@ fn a_stream_of_another_context_is_never_the_devices_end() {
     admit(&cache, 50);
 }
 
-/// What a child does to its context, with a cache that lives through it.
-const DEATHS: [&str; 3] = ["a kernel faults", "the context is destroyed", "the primary context is reset"];
+/// What a child does to its context, with a cache that lives through it. Destroying one that is lent to the
+/// driver is not among it: CUDA would follow a pointer to what was freed.
+const DEATHS: [&str; 2] = ["a kernel faults", "the primary context is reset"];
 
 fn die(how: &str) {
-    let own = (how == "the context is destroyed").then(own_context);
     let card = Card::open().unwrap();
     // The test's own cleanup would fail; the driver's own has to bear it.
     card.forget_streams();
@@ -370,8 +370,6 @@ fn die(how: &str) {
             assert!(faulted.is_err());
         }
         // SAFETY: what becomes of whoever still uses the context is what this test is about.
-        "the context is destroyed" => ok(unsafe { sys::cuCtxDestroy_v2(own.unwrap()) }),
-        // SAFETY: as before.
         "the primary context is reset" => ok(unsafe { sys::cuDevicePrimaryCtxReset_v2(0) }),
         _ => panic!("\"{how}\" is no death"),
     }

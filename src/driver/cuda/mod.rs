@@ -15,10 +15,11 @@
 //!
 //! - The context is the one that is current on the thread that makes the driver, else the primary
 //!   one of the device, which the CUDA runtime and PyTorch use. The library never makes one. Someone
-//!   else's context that is not the device's primary one should outlive the driver.
+//!   else's context that is not the device's primary one must outlive the driver: CUDA follows a
+//!   pointer to it, and whoever destroys it answers for those who still use it.
 //! - Each call finds its context current, or makes it so and puts the old one back. It runs in
 //!   relaxed capture mode, so that another thread's capture into a graph goes on.
-//! - A context that is gone answers [`DeviceLost`](crate::ErrorKind::DeviceLost). In one in which a
+//! - A primary context that was reset answers [`DeviceLost`](crate::ErrorKind::DeviceLost). In one in which a
 //!   kernel faulted CUDA goes on mapping memory; there the calls on streams and events answer so.
 //! - A handle's number is CUDA's own, as are those of events and streams.
 
