@@ -65,6 +65,30 @@ impl<T, const RANK: u8> Ranked<T, RANK> {
     /// # Panics
     /// In debug builds, if this thread holds a lock of the same rank or a higher one.
     pub(crate) fn lock(&self) -> Guard<'_, T, RANK> {
+        Self::note();
+        Guard {
+            #[cfg(not(loom))]
+            inner: self.inner.lock(),
+            #[cfg(loom)]
+            inner: self.inner.lock().expect("loom locks are not poisoned"),
+        }
+    }
+
+    /// Takes the lock if nobody holds it.
+    ///
+    /// # Panics
+    /// As [`lock`](Self::lock).
+    pub(crate) fn try_lock(&self) -> Option<Guard<'_, T, RANK>> {
+        #[cfg(not(loom))]
+        let inner = self.inner.try_lock()?;
+        #[cfg(loom)]
+        let inner = self.inner.try_lock().ok()?;
+        Self::note();
+        Some(Guard { inner })
+    }
+
+    /// Enters the lock into the list of those that this thread holds.
+    fn note() {
         #[cfg(debug_assertions)]
         HELD.with(|held| {
             let mut held = held.borrow_mut();
@@ -74,12 +98,6 @@ impl<T, const RANK: u8> Ranked<T, RANK> {
             );
             held.push(RANK);
         });
-        Guard {
-            #[cfg(not(loom))]
-            inner: self.inner.lock(),
-            #[cfg(loom)]
-            inner: self.inner.lock().expect("loom locks are not poisoned"),
-        }
     }
 
     pub(crate) fn get_mut(&mut self) -> &mut T {

@@ -297,6 +297,41 @@ fn unmapping_waits_for_the_stream() {
     }
 }
 
+/// Whoever finds in his slot what he needs waits for no other thread's driver calls.
+#[test]
+fn a_request_that_adopts_what_it_needs_does_not_wait_for_memory_that_others_map() {
+    let (watch, cache) = cache_of(&shape());
+    let (first, second) = (request(&cache, 60), request(&cache, 60));
+    contents::fill(&cache, first, 1, 0..60);
+    cache.retire(second, IDLE).unwrap();
+    let adopted = cache.acquire(tokens(60), Some(ONE)).unwrap();
+    assert_eq!(adopted.index(), second.index());
+    let third = cache.acquire(tokens(1), None).unwrap();
+    let gate = Gate::before(&watch, Verb::Create);
+    thread::scope(|scope| {
+        let mapping = scope.spawn(|| step(&cache, third, 200));
+        gate.wait_for_arrival(&mapping);
+        let (steps, calls) = (cache.snapshot().events.steps, watch.checked.calls().total());
+        step(&cache, adopted, 50).unwrap();
+        cache.step(&[SlotTokens::new(adopted, tokens(60)), SlotTokens::new(first, tokens(60))]).unwrap();
+        assert_eq!(cache.snapshot().events.steps, steps + 2);
+        assert_eq!(watch.checked.calls().total(), calls);
+        // What needs memory, and what is wrong, is told in its turn.
+        let growing = scope.spawn(|| step(&cache, first, 250));
+        let stale = scope.spawn(|| kind(step(&cache, second, 10)));
+        gate.open();
+        mapping.join().unwrap().unwrap();
+        growing.join().unwrap().unwrap();
+        assert_eq!(stale.join().unwrap(), ErrorKind::StaleSlot);
+        contents::fill(&cache, adopted, 2, 0..60);
+        contents::fill(&cache, third, 3, 0..200);
+        for (slot, owner, count) in [(first, 1, 60), (adopted, 2, 60), (third, 3, 200)] {
+            contents::find(&cache, slot, owner, count);
+        }
+    });
+    cache.report().unwrap();
+}
+
 #[test]
 fn the_callers_own_fences_are_waited_for() {
     let (watch, cache) = cache_of(&shape());

@@ -54,7 +54,15 @@ impl KvCache {
 
     /// A step in which some slot needs more than it has used so far.
     fn step_beyond(&self, entries: &[SlotTokens]) -> Result<()> {
-        let _moves = self.moves.lock();
+        let _moves = match self.moves.try_lock() {
+            Some(moves) => moves,
+            // Somebody else is moving extents. Who needs none moved does not wait for him.
+            None if self.step_covered(entries) => {
+                self.counters.steps.bump();
+                return Ok(());
+            }
+            None => self.moves.lock(),
+        };
         // What the device was seen to allow during this step, where that is less than the budget. The
         // next step asks the device anew: whoever took its memory may have given it back.
         let mut device_limit = Granules::new(u64::MAX);
@@ -66,8 +74,7 @@ impl KvCache {
                 let mut table = self.table.lock();
                 let mut pool = self.pool.lock();
                 table.check_step(entries)?;
-                let (within, beyond): (Vec<_>, Vec<_>) =
-                    entries.iter().copied().partition(|entry| table.is_within(entry));
+                let (within, beyond) = split(&table, entries);
                 let planned = plan(&mut table, &mut pool, (device_limit, merging), &within, &beyond);
                 planned.map(|planned| (planned, within, beyond))
             };
@@ -92,8 +99,7 @@ impl KvCache {
                 work,
                 |table| {
                     entries.iter().for_each(|entry| table.set_active(entry.slot.index()));
-                    table.set_tokens_within(&within);
-                    beyond.iter().for_each(|entry| table.set_tokens(entry.slot.index(), entry.tokens));
+                    publish(table, &within, &beyond);
                 },
                 |table| {
                     entries.iter().for_each(|entry| table.set_active(entry.slot.index()));
@@ -121,6 +127,26 @@ impl KvCache {
         }
         self.counters.steps.bump();
         Ok(())
+    }
+
+    /// A step in which every slot has the extents that it needs already, of an earlier owner's or mapped
+    /// ahead; `false` if it is another, and nothing has happened then.
+    ///
+    /// Needs no right to move extents: what somebody else is moving has left the books.
+    fn step_covered(&self, entries: &[SlotTokens]) -> bool {
+        let mut table = self.table.lock();
+        let pool = self.pool.lock();
+        if table.check_step(entries).is_err() {
+            return false;
+        }
+        let (within, beyond) = split(&table, entries);
+        match sketch(&table, &pool, Granules::new(u64::MAX), &within, &beyond) {
+            Ok(sketch) if !sketch.moves => {
+                publish(&mut table, &within, &beyond);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Whether extents may be merged on the path: not on a device that is nearly full.
@@ -202,14 +228,37 @@ fn missing(table: &SlotTable, layout: &crate::layout::Layout, entry: &SlotTokens
         .sum()
 }
 
-/// Plans a checked step: of slots that stay within what they need already, and of those that go beyond.
-fn plan(
-    table: &mut SlotTable,
-    pool: &mut Pool,
-    (device_limit, merging): (Granules, Merging),
+/// The slots that stay within what they need already, and those that go beyond.
+fn split(table: &SlotTable, entries: &[SlotTokens]) -> (Vec<SlotTokens>, Vec<SlotTokens>) {
+    entries.iter().copied().partition(|entry| table.is_within(entry))
+}
+
+/// Publishes the tokens of slots whose memory is there.
+fn publish(table: &mut SlotTable, within: &[SlotTokens], beyond: &[SlotTokens]) {
+    table.set_tokens_within(within);
+    beyond.iter().for_each(|entry| table.set_tokens(entry.slot.index(), entry.tokens));
+}
+
+/// What a step comes to, before anything is taken for it.
+struct Sketch {
+    /// Of each run that has to cover more than it did.
+    changes: Vec<(Place, Change)>,
+    /// Whether any of them takes extents.
+    moves: bool,
+    limit: Granules,
+    usable: Granules,
+    exact: Granules,
+}
+
+/// Works out a checked step: of slots that stay within what they need already, and of those that go
+/// beyond.
+fn sketch(
+    table: &SlotTable,
+    pool: &Pool,
+    device_limit: Granules,
     within: &[SlotTokens],
     beyond: &[SlotTokens],
-) -> Result<Planned> {
+) -> Result<Sketch> {
     let layout = table.layout();
     let budget = pool.budget();
     let limit = budget.min(device_limit);
@@ -247,9 +296,21 @@ fn plan(
             changes.push((place, change));
         }
     }
+    Ok(Sketch { changes, moves, limit, usable, exact })
+}
+
+/// Plans a checked step.
+fn plan(
+    table: &mut SlotTable,
+    pool: &mut Pool,
+    (device_limit, merging): (Granules, Merging),
+    within: &[SlotTokens],
+    beyond: &[SlotTokens],
+) -> Result<Planned> {
+    let layout = table.layout();
+    let Sketch { changes, moves, limit, usable, exact } = sketch(table, pool, device_limit, within, beyond)?;
     if !moves {
-        table.set_tokens_within(within);
-        beyond.iter().for_each(|entry| table.set_tokens(entry.slot.index(), entry.tokens));
+        publish(table, within, beyond);
         return Ok(Planned::Published);
     }
 
