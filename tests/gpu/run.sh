@@ -46,8 +46,8 @@ tests() {
 
 # Every access of a kernel is checked; CUDA's refusals, which the tests provoke, are not reported.
 sanitizer() {
-    for test in conformance contents; do
-        note "memcheck-$test" env VATTN_CONTENTS_ROUNDS=1 compute-sanitizer --tool memcheck \
+    for test in conformance contents model fault_sweep; do
+        note "memcheck-$test" compute-sanitizer --tool memcheck \
             --report-api-errors no --error-exitcode 9 \
             "bin/$test" --test-threads=1 --nocapture --skip touching_what_is_not_backed_faults
     done

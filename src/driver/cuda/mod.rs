@@ -80,7 +80,7 @@ impl Cuda {
     pub fn new(options: CudaOptions) -> Result<Arc<Self>> {
         let api = api::api()?;
         let (context, ordinal) = Context::choose(api, options.ordinal)?;
-        let _entered = context.enter(Verb::MemoryInfo)?;
+        let entered = context.enter(Verb::MemoryInfo)?;
         let device = device::describe(api, ordinal)?;
         device.check(options.handles)?;
         let prop = AllocationProp::new(ordinal, options.handles);
@@ -94,7 +94,7 @@ impl Cuda {
         let info =
             DriverInfo { name: "cuda", device: Device::Cuda(ordinal), granule, options: options.handles };
         let access = [Access::Read, Access::ReadWrite].map(|access| AccessDesc::new(ordinal, access));
-        drop(_entered);
+        drop(entered);
         Ok(Arc::new(Self { info, ordinal, prop, access, api, events: Events::default(), context }))
     }
 
