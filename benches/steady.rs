@@ -21,19 +21,21 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "a bench may panic, and has no callers")]
 
+mod common;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::baseline;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use vattn::driver::Driver;
 use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::driver::owned::DriverHandle;
 use vattn::error::Verb;
-use vattn::layout::Layout;
 use vattn::stats::Counters;
-use vattn::units::{Bytes, Device, GranuleSize, SlotId, TokenCount};
+use vattn::units::{Bytes, SlotId, TokenCount};
 use vattn::{Config, Fence, Geometry, KvCache, SlotTokens};
-use vattn_baselines::{Mapping, Policy, RequestId, Shape, TensorShape, Vattention};
+use vattn_baselines::{Mapping, Policy, RequestId, Vattention};
 
 const GRANULE: Bytes = Bytes::mib(2);
 /// Requests that decode.
@@ -161,7 +163,9 @@ fn step_of_256(c: &mut Criterion) {
         [("vattention", Mapping::Synchronous), ("vattention, a thread a step", Mapping::Ahead)]
     {
         let driver = DriverHandle::new(ledger(), Arc::new(Counters::default()));
-        let policy = Vattention::new(&driver, &shape(&config(SLOTS, budget)), mapping).unwrap();
+        let policy =
+            Vattention::new(&driver, &baseline::shape(&config(SLOTS, budget), driver.info()), mapping)
+                .unwrap();
         let policy = std::cell::RefCell::new(policy);
         let mut totals: Vec<_> = (0..ACTIVE).map(|number| (RequestId::new(number), tokens(1))).collect();
         for (request, total) in &totals {
@@ -192,18 +196,6 @@ fn step_of_256(c: &mut Criterion) {
         });
     }
     group.finish();
-}
-
-/// What a policy of the baselines learns of the same cache.
-fn shape(config: &Config) -> Shape {
-    let layout = Layout::new(config, GranuleSize::new(GRANULE).unwrap(), Device::Cpu).unwrap();
-    let tensors = layout
-        .tensors()
-        .iter()
-        .map(|tensor| TensorShape { row: tensor.row(), stride: tensor.slot_stride() })
-        .collect();
-    let budget = config.budget().unwrap();
-    Shape::new(tensors, config.max_slots(), config.max_tokens(), tokens(1), budget).unwrap()
 }
 
 fn step_beside_parked(c: &mut Criterion) {

@@ -22,10 +22,11 @@ use vattn::units::Bytes;
 use vattn::{Config, Fence, KvCache, SlotTokens};
 use vattn_baselines::{Mapping, Policy, RequestId, Vattention};
 
+use crate::common::baseline;
 use crate::recorder::{Plan, Recorder};
 use crate::table::{Cell, Table};
 use crate::timing::{Samples, ratio};
-use crate::{Arc, Bench, LAYOUTS, calls, llama, tokens, traces, wide};
+use crate::{Arc, Bench, LAYOUTS, calls, llama, tokens, wide};
 use vattn::driver::owned::DriverHandle;
 
 const LENGTHS: [u64; 8] = [1_024, 8_192, 32_768, 131_072, 1_000, 8_111, 30_011, 120_007];
@@ -210,7 +211,7 @@ fn vattention(bench: &Bench<'_>, length: u64) -> Samples {
     let layout_of_all = Layout::new(&config(layout, BUDGET), granule, driver.info().device).unwrap();
     // A pool of exactly this prompt.
     let held = granule.to_bytes(layout_of_all.granules_for(tokens(length)));
-    let shape = traces::shape(bench, &config(layout, held));
+    let shape = baseline::shape(&config(layout, held), bench.target.driver.info());
     let handle = DriverHandle::new(Arc::clone(driver), Arc::new(Counters::default()));
     let mut policy = Vattention::new(&handle, &shape, Mapping::Synchronous).unwrap();
     let (mut samples, request) = (Samples::default(), RequestId::new(0));

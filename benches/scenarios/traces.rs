@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use vattn::driver::owned::DriverHandle;
 use vattn::error::Verb;
-use vattn::layout::Layout;
 use vattn::stats::{CallStats, Counters};
 use vattn::units::Bytes;
 use vattn::{Config, KvCache};
-use vattn_baselines::{Mapping, Paged, Policy, Shape, TensorShape, Vattention};
+use vattn_baselines::{Mapping, Paged, Policy, Vattention};
 
+use crate::common::baseline;
 use crate::server::{Served, Vattn, serve};
 use crate::table::{Cell, Table};
 use crate::timing::{Limit, Samples};
@@ -83,7 +83,7 @@ fn row(bench: &Bench<'_>, config: &Config, name: &str, requests: &[trace::Reques
         let cache = starting.time(|| KvCache::new(config.clone(), Arc::clone(driver))).unwrap();
         run(&mut Vattn::new(&cache), &|| Calls::of(&|verb| cache.snapshot().driver[&verb]))
     } else {
-        let shape = shape(bench, config);
+        let shape = baseline::shape(config, bench.target.driver.info());
         let mut policy: Box<dyn Policy> = match name {
             "paged" => Box::new(starting.time(|| Paged::new(&handle, &shape)).unwrap()),
             _ => Box::new(starting.time(|| Vattention::new(&handle, &shape, Mapping::Synchronous)).unwrap()),
@@ -136,17 +136,4 @@ impl Calls {
             creates: self.creates - before.creates,
         }
     }
-}
-
-/// What a policy of the baselines learns of the same cache.
-pub(crate) fn shape(bench: &Bench<'_>, config: &Config) -> Shape {
-    let info = bench.target.driver.info();
-    let layout = Layout::new(config, info.granule, info.device).unwrap();
-    let tensors = layout
-        .tensors()
-        .iter()
-        .map(|tensor| TensorShape { row: tensor.row(), stride: tensor.slot_stride() })
-        .collect();
-    let budget = config.budget().unwrap();
-    Shape::new(tensors, config.max_slots(), config.max_tokens(), tokens(1), budget).unwrap()
 }

@@ -56,6 +56,18 @@ struct StreamState {
     capturing: bool,
 }
 
+/// The refusal of a call on a stream that is being captured, whichever backend's.
+#[cold]
+pub(super) fn capturing(verb: Verb, stream: Stream) -> Error {
+    Error::new(
+        ErrorKind::CapturingStream,
+        format!(
+            "{verb} on stream {:#x}, which is being captured; end the capture first, or name a stream outside it",
+            stream.0
+        ),
+    )
+}
+
 impl State {
     fn new_point(&mut self, conditions: &[u64]) -> u64 {
         self.next += 1;
@@ -105,14 +117,7 @@ impl State {
     fn tail(&mut self, verb: Verb, stream: Stream) -> Result<Vec<u64>> {
         let Some(state) = self.streams.get_mut(&stream) else { return Ok(Vec::new()) };
         if state.capturing {
-            return Err(Error::new(
-                ErrorKind::CapturingStream,
-                format!(
-                    "{verb} on stream {:#x}, which is being captured; end the capture first, or name a \
-                     stream outside it",
-                    stream.0
-                ),
-            ));
+            return Err(capturing(verb, stream));
         }
         state.tail.retain(|id| self.unfired.contains_key(id));
         Ok(state.tail.clone())

@@ -100,23 +100,8 @@ fn host(
     max_tokens: u64,
     budget: u64,
 ) -> Shape {
-    Shape {
-        name,
-        geometry,
-        layout,
-        rows: rows.to_vec(),
-        on_host: true,
-        times: 1,
-        granule: Bytes::new(granule),
-        slots: 6,
-        max_tokens,
-        tile: 1,
-        budget,
-        device_has: None,
-        spare: false,
-        up_front: Vec::new(),
-    }
-    .scaled()
+    let shape = full_size(name, geometry, layout, rows, max_tokens, budget);
+    Shape { on_host: true, granule: Bytes::new(granule), slots: 6, ..shape }.scaled()
 }
 
 /// A shape at the sizes that it has anyhow.

@@ -26,10 +26,7 @@ impl Context {
             // On this driver's ABI a device's handle is its ordinal.
             let of_device = u32::try_from(device).unwrap_or_default();
             if ordinal.is_none_or(|ordinal| ordinal == of_device) {
-                let retained = match is_primary(api, device, context)? {
-                    true => Some(device),
-                    false => None,
-                };
+                let retained = is_primary(api, device, context)?.then_some(device);
                 return Ok((Self { api, context, retained }, of_device));
             }
         }

@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 
 use crate::driver::cuda::codes;
 use crate::driver::cuda::context::Context;
+use crate::driver::events::capturing;
 use crate::driver::{RawEvent, Stream};
-use crate::error::{Error, ErrorKind, Result, Verb};
+use crate::error::{Result, Verb};
 use crate::sync::Leaf;
 
 /// `CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING`: who waits sleeps.
@@ -153,11 +154,5 @@ pub(super) fn refuse_capturing(context: &Context, verb: Verb, stream: Stream) ->
     if status == 0 {
         return Ok(());
     }
-    Err(Error::new(
-        ErrorKind::CapturingStream,
-        format!(
-            "{verb} on stream {:#x}, which is being captured; end the capture first, or name a stream outside it",
-            stream.0
-        ),
-    ))
+    Err(capturing(verb, stream))
 }

@@ -62,7 +62,6 @@ pub struct Cuda {
     ordinal: u32,
     prop: AllocationProp,
     access: [AccessDesc; 2],
-    api: &'static Api,
     // Before the context, in which they live.
     events: Events,
     context: Context,
@@ -95,7 +94,7 @@ impl Cuda {
             DriverInfo { name: "cuda", device: Device::Cuda(ordinal), granule, options: options.handles };
         let access = [Access::Read, Access::ReadWrite].map(|access| AccessDesc::new(ordinal, access));
         drop(entered);
-        Ok(Arc::new(Self { info, ordinal, prop, access, api, events: Events::default(), context }))
+        Ok(Arc::new(Self { info, ordinal, prop, access, events: Events::default(), context }))
     }
 
     /// The device as CUDA describes it.
@@ -103,7 +102,7 @@ impl Cuda {
     /// # Errors
     /// As [`devices`].
     pub fn device(&self) -> Result<CudaDevice> {
-        device::describe(self.api, self.ordinal)
+        device::describe(self.context.api(), self.ordinal)
     }
 
     /// The context's number (`CUcontext`), for whoever launches kernels beside the driver.
