@@ -51,6 +51,7 @@
 //! | [`layout`] | where each layer's keys and values lie |
 //! | `tensor` | what is mapped where in one reservation |
 //! | `slot` | who has a slot, which parked one is adopted, how much a run grows |
+//! | `mapper` | the background thread: how it is woken, waited for and ended |
 //! | [`cache`] | how an operation is planned, carried out, and published or undone |
 //!
 //! Imports point up this table and never down.
@@ -60,6 +61,7 @@ pub mod driver;
 pub mod error;
 pub mod geometry;
 pub mod layout;
+pub(crate) mod mapper;
 pub(crate) mod pool;
 pub(crate) mod slot;
 pub mod stats;

@@ -9,14 +9,17 @@
 //! | 0 | the right to move extents, one operation at a time | `cache` |
 //! | 1 | slot table | `cache` |
 //! | 2 | pool | `cache` |
+//! | 3 | what the mapper was asked for | `cache` |
 //!
 //! A driver's own books sit behind a [`Leaf`]: no rank, because nothing but system calls is called
-//! under one.
+//! under one. A [`Monitor`] has none either: it guards a few flags, and nothing is called under it.
 
 #[cfg(loom)]
-pub(crate) use loom::sync::atomic;
+pub(crate) use loom::{sync::atomic, thread};
 #[cfg(not(loom))]
-pub(crate) use std::sync::atomic;
+pub(crate) use std::{sync::atomic, thread};
+
+use std::time::Duration;
 
 pub(crate) use parking_lot::{Condvar, Mutex as Leaf};
 
@@ -48,7 +51,13 @@ pub(crate) struct Guard<'a, T, const RANK: u8> {
     inner: parking_lot::MutexGuard<'a, T>,
     #[cfg(loom)]
     inner: loom::sync::MutexGuard<'a, T>,
+    // Behind the lock: it is off the list once it is given up.
+    _listed: Listed<RANK>,
 }
+
+/// An entry in the list of the locks that this thread holds: in debug builds.
+#[derive(Debug)]
+struct Listed<const RANK: u8>;
 
 impl<T, const RANK: u8> Ranked<T, RANK> {
     pub(crate) fn new(value: T) -> Self {
@@ -65,12 +74,13 @@ impl<T, const RANK: u8> Ranked<T, RANK> {
     /// # Panics
     /// In debug builds, if this thread holds a lock of the same rank or a higher one.
     pub(crate) fn lock(&self) -> Guard<'_, T, RANK> {
-        Self::note();
+        let listed = Listed::new();
         Guard {
             #[cfg(not(loom))]
             inner: self.inner.lock(),
             #[cfg(loom)]
             inner: self.inner.lock().expect("loom locks are not poisoned"),
+            _listed: listed,
         }
     }
 
@@ -83,21 +93,15 @@ impl<T, const RANK: u8> Ranked<T, RANK> {
         let inner = self.inner.try_lock()?;
         #[cfg(loom)]
         let inner = self.inner.try_lock().ok()?;
-        Self::note();
-        Some(Guard { inner })
+        Some(Guard { inner, _listed: Listed::new() })
     }
 
-    /// Enters the lock into the list of those that this thread holds.
-    fn note() {
-        #[cfg(debug_assertions)]
-        HELD.with(|held| {
-            let mut held = held.borrow_mut();
-            assert!(
-                held.last().is_none_or(|last| *last < RANK),
-                "a lock of rank {RANK} is taken while {held:?} are held"
-            );
-            held.push(RANK);
-        });
+    /// Gives the lock up, to whoever has waited for it longest where somebody does.
+    pub(crate) fn unlock_fair(guard: Guard<'_, T, RANK>) {
+        #[cfg(not(loom))]
+        parking_lot::MutexGuard::unlock_fair(guard.inner);
+        #[cfg(loom)]
+        drop(guard);
     }
 
     pub(crate) fn get_mut(&mut self) -> &mut T {
@@ -125,8 +129,23 @@ impl<T, const RANK: u8> std::ops::DerefMut for Guard<'_, T, RANK> {
     }
 }
 
+impl<const RANK: u8> Listed<RANK> {
+    fn new() -> Self {
+        #[cfg(debug_assertions)]
+        HELD.with(|held| {
+            let mut held = held.borrow_mut();
+            assert!(
+                held.last().is_none_or(|last| *last < RANK),
+                "a lock of rank {RANK} is taken while {held:?} are held"
+            );
+            held.push(RANK);
+        });
+        Self
+    }
+}
+
 #[cfg(debug_assertions)]
-impl<T, const RANK: u8> Drop for Guard<'_, T, RANK> {
+impl<const RANK: u8> Drop for Listed<RANK> {
     fn drop(&mut self) {
         // During a thread's end the list may be gone already; then there is nothing left to check.
         let _ = HELD.try_with(|held| {
@@ -148,6 +167,81 @@ pub(crate) fn assert_unlocked() {
             "the driver is called while locks of rank {held:?} are held"
         );
     });
+}
+
+/// A lock and who waits for what it guards to change.
+#[derive(Debug)]
+pub(crate) struct Monitor<T> {
+    #[cfg(not(loom))]
+    inner: Leaf<T>,
+    #[cfg(not(loom))]
+    changed: Condvar,
+    #[cfg(loom)]
+    inner: loom::sync::Mutex<T>,
+    #[cfg(loom)]
+    changed: loom::sync::Condvar,
+}
+
+#[cfg(not(loom))]
+pub(crate) type MonitorGuard<'a, T> = parking_lot::MutexGuard<'a, T>;
+#[cfg(loom)]
+pub(crate) type MonitorGuard<'a, T> = loom::sync::MutexGuard<'a, T>;
+
+#[cfg(not(loom))]
+impl<T> Monitor<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self { inner: Leaf::new(value), changed: Condvar::new() }
+    }
+
+    pub(crate) fn lock(&self) -> MonitorGuard<'_, T> {
+        self.inner.lock()
+    }
+
+    pub(crate) fn notify_all(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Waits, with the lock given up, until it is notified.
+    pub(crate) fn wait<'a>(&'a self, mut guard: MonitorGuard<'a, T>) -> MonitorGuard<'a, T> {
+        self.changed.wait(&mut guard);
+        guard
+    }
+
+    /// The same, but not for longer than that.
+    pub(crate) fn wait_for<'a>(
+        &'a self,
+        mut guard: MonitorGuard<'a, T>,
+        most: Duration,
+    ) -> MonitorGuard<'a, T> {
+        self.changed.wait_for(&mut guard, most);
+        guard
+    }
+}
+
+#[cfg(loom)]
+impl<T> Monitor<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self { inner: loom::sync::Mutex::new(value), changed: loom::sync::Condvar::new() }
+    }
+
+    pub(crate) fn lock(&self) -> MonitorGuard<'_, T> {
+        self.inner.lock().expect("loom locks are not poisoned")
+    }
+
+    pub(crate) fn notify_all(&self) {
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn wait<'a>(&'a self, guard: MonitorGuard<'a, T>) -> MonitorGuard<'a, T> {
+        self.changed.wait(guard).expect("loom locks are not poisoned")
+    }
+
+    /// Loom knows no time: a wait that may end early may end at once.
+    pub(crate) fn wait_for<'a>(&'a self, guard: MonitorGuard<'a, T>, _most: Duration) -> MonitorGuard<'a, T> {
+        drop(guard);
+        thread::yield_now();
+        self.lock()
+    }
 }
 
 #[cfg(all(test, not(loom), debug_assertions))]

@@ -1,6 +1,7 @@
 //! The life of a slot, but for its steps: acquire, retire, truncate.
 
-use crate::cache::{Fence, KvCache, fence};
+use crate::cache::core::Core;
+use crate::cache::{Fence, fence};
 use crate::driver::Stream;
 use crate::error::{Error, ErrorKind, Result};
 use crate::slot::growth::Room;
@@ -9,19 +10,8 @@ use crate::units::{SlotId, TokenCount, wide};
 /// With more fences than this on a slot, those that have fired are looked for.
 const FEW_FENCES: usize = 4;
 
-impl KvCache {
-    /// Gives a new request a slot, of no tokens yet.
-    ///
-    /// `hint` is how many tokens it will soon hold, its prompt's for example: of the parked slots the
-    /// one is adopted whose memory suits that best, so that its first step maps little or nothing.
-    /// `stream` is where the request's work will run; it is alive, as [`Stream::new`] asks. What an earlier owner of the memory left
-    /// running on another stream is waited for there, on the device; with `None` the calling thread
-    /// waits.
-    ///
-    /// # Errors
-    /// [`NoFreeSlot`](ErrorKind::NoFreeSlot), or the driver's refusal of a wait, among them
-    /// [`CapturingStream`](ErrorKind::CapturingStream). Nothing is changed.
-    pub fn acquire(&self, hint: TokenCount, stream: Option<Stream>) -> Result<SlotId> {
+impl Core {
+    pub(super) fn acquire(&self, hint: TokenCount, stream: Option<Stream>) -> Result<SlotId> {
         self.noted(self.check_health().and_then(|()| self.acquire_checked(hint, stream)))
     }
 
@@ -76,14 +66,7 @@ impl KvCache {
         }
     }
 
-    /// The request is done. Its extents stay mapped until another request adopts them or memory is
-    /// short; `fences` say when the device is done with them.
-    ///
-    /// # Errors
-    /// [`StaleSlot`](ErrorKind::StaleSlot), [`ForeignSlot`](ErrorKind::ForeignSlot),
-    /// [`SlotBusy`](ErrorKind::SlotBusy), [`InvalidArgument`](ErrorKind::InvalidArgument) for no
-    /// fence, [`CapturingStream`](ErrorKind::CapturingStream), and the driver's. Nothing is changed.
-    pub fn retire(&self, slot: SlotId, fences: &[Fence]) -> Result<()> {
+    pub(super) fn retire(&self, slot: SlotId, fences: &[Fence]) -> Result<()> {
         self.noted(self.check_health().and_then(|()| {
             let fences = fence::record(&self.driver, fences)?;
             let result = {
@@ -103,13 +86,7 @@ impl KvCache {
         }))
     }
 
-    /// Takes tokens away: the slot now holds that many. What held the others stays mapped, as spare
-    /// memory of the slot; `fences` say when the device is done with it.
-    ///
-    /// # Errors
-    /// As [`retire`](Self::retire), and [`InvalidArgument`](ErrorKind::InvalidArgument) for more
-    /// tokens than the slot holds. Nothing is changed.
-    pub fn truncate(&self, slot: SlotId, tokens: TokenCount, fences: &[Fence]) -> Result<()> {
+    pub(super) fn truncate(&self, slot: SlotId, tokens: TokenCount, fences: &[Fence]) -> Result<()> {
         self.noted(self.check_health().and_then(|()| {
             let fences = fence::record(&self.driver, fences)?;
             let result = {
@@ -135,12 +112,5 @@ impl KvCache {
             self.sweep();
             result.map_err(|(error, _destroyed_here)| error)
         }))
-    }
-
-    /// The index that padded batch entries may write to, if the cache was made with one. The tokens
-    /// of one page or tile are always backed there, whichever is more.
-    #[must_use]
-    pub fn spare_slot(&self) -> Option<u32> {
-        self.config.spare_index()
     }
 }

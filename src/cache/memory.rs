@@ -1,20 +1,12 @@
 //! Giving memory up: reclaim, trim, and a budget that changes.
 
-use crate::cache::{Fence, KvCache, fence};
+use crate::cache::core::{self, Core};
+use crate::cache::{Fence, fence};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{Bytes, Granules};
 
-impl KvCache {
-    /// Unmaps memory that holds nobody's tokens, the one of least use first, until so many bytes more
-    /// are free in the pool or nothing is left to unmap. Waits for the fences of what it unmaps, and
-    /// for `fences`.
-    ///
-    /// Returns what is free in the pool now.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](ErrorKind::InvalidArgument) for no fence,
-    /// [`CapturingStream`](ErrorKind::CapturingStream), and the driver's.
-    pub fn reclaim(&self, bytes: Bytes, fences: &[Fence]) -> Result<Bytes> {
+impl Core {
+    pub(super) fn reclaim(&self, bytes: Bytes, fences: &[Fence]) -> Result<Bytes> {
         self.noted(self.check_health().and_then(|()| {
             let fences = fence::record(&self.driver, fences)?;
             let granule = self.driver.info().granule;
@@ -25,15 +17,7 @@ impl KvCache {
         }))
     }
 
-    /// Gives memory back to the device until no more than `keep` is held, or until all is given back
-    /// that holds nobody's tokens. Waits for the fences of what it unmaps, and for `fences`.
-    ///
-    /// Returns what is held now: more than `keep` only where slots in use need it.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](ErrorKind::InvalidArgument) for no fence,
-    /// [`CapturingStream`](ErrorKind::CapturingStream), and the driver's.
-    pub fn trim(&self, keep: Bytes, fences: &[Fence]) -> Result<Bytes> {
+    pub(super) fn trim(&self, keep: Bytes, fences: &[Fence]) -> Result<Bytes> {
         self.noted(self.check_health().and_then(|()| {
             let fences = fence::record(&self.driver, fences)?;
             let granule = self.driver.info().granule;
@@ -45,19 +29,12 @@ impl KvCache {
         }))
     }
 
-    /// Changes what may be held. With a smaller budget memory is given back at once, as
-    /// [`trim`](Self::trim) does.
-    ///
-    /// # Errors
-    /// [`InvalidConfig`](ErrorKind::InvalidConfig) for a budget that [`new`](Self::new) would refuse,
-    /// [`OutOfBudget`](ErrorKind::OutOfBudget) where slots in use need more than `budget`, and the
-    /// driver's. The old budget stays.
-    pub fn set_budget(&self, budget: Bytes) -> Result<()> {
+    pub(super) fn set_budget(&self, budget: Bytes) -> Result<()> {
         self.noted(self.check_health().and_then(|()| {
             let granule = self.driver.info().granule;
             let limit: Granules = granule.within(budget);
-            if budget < super::least_budget(&self.config, &self.layout) {
-                return Err(super::too_small(budget, &self.config, &self.layout));
+            if budget < core::least_budget(&self.config, &self.layout) {
+                return Err(core::too_small(budget, &self.config, &self.layout));
             }
             let _moves = self.moves.lock();
             let (needed, quarantined) = {
@@ -81,9 +58,7 @@ impl KvCache {
         }))
     }
 
-    /// What may be held at most.
-    #[must_use]
-    pub fn budget(&self) -> Bytes {
+    pub(super) fn budget(&self) -> Bytes {
         self.driver.info().granule.to_bytes(self.pool.lock().budget())
     }
 }

@@ -1,23 +1,30 @@
 //! [`KvCache`]: the public API, and the only place that wires the rooms together.
 //!
-//! Owns one cache: its tensors, its slot table, its pool, its locks. Every operation has the same
-//! shape: check and plan under the locks, call the driver with none, publish or undo under the locks
-//! again (`work.rs`).
+//! Owns one cache: its tensors, its slot table, its pool, its locks, its mapper. Every operation has the
+//! same shape: check and plan under the locks, call the driver with none, publish or undo under the
+//! locks again (`work.rs`).
 //!
 //! | file | what it answers |
 //! |---|---|
+//! | `core.rs` | what a cache is made of; how work is carried out and settled |
 //! | `step.rs` | how slots get their tokens; what would fit |
 //! | `lifecycle.rs` | acquire, retire, truncate |
 //! | `memory.rs` | reclaim, trim, the budget |
 //! | `work.rs` | how extents are found, and moved whole or not at all |
+//! | `background.rs` | what the mapper does, in which order, and how much at a time |
+//! | `ahead.rs` | what it maps before tokens need it |
+//! | `stock.rs` | which extents it keeps at hand |
 //! | `fence.rs` | what is waited for before memory is unmapped |
 //! | `views.rs` | addresses, shapes and strides for kernels |
 //! | `report.rs` | the walk through everything, and the audit |
 //!
 //! Locks: rank 0 is held by the one operation that moves extents, over its driver calls; rank 1 is
-//! the slot table; rank 2 the pool. A step in which nothing has to be mapped takes rank 1 alone.
-//! A background mapper will take rank 0 as any caller does: its place is beside this room.
+//! the slot table; rank 2 the pool; rank 3 what the mapper was asked for. A step in which nothing has to
+//! be mapped takes ranks 1 and 2 alone. The mapper takes rank 0 as any caller does, for a few calls.
 
+mod ahead;
+mod background;
+mod core;
 mod fence;
 mod lifecycle;
 #[cfg(all(test, loom))]
@@ -25,43 +32,35 @@ mod loom_tests;
 mod memory;
 mod report;
 mod step;
+mod stock;
 mod views;
 mod work;
 
 use std::fmt;
 use std::sync::Arc;
 
-use crate::cache::work::{Merging, Planner, Work};
-use crate::driver::Driver;
-use crate::driver::owned::{DriverHandle, PhysicalMemory};
-use crate::error::{Error, ErrorKind, Result};
-use crate::geometry::{Commit, Config};
-use crate::layout::Layout;
-use crate::pool::{self, Pool};
-use crate::slot::SlotTable;
-use crate::stats::{ByteCounts, Counters, Snapshot};
-use crate::sync::Ranked;
-use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::tensor::Tensor;
-use crate::units::{Bytes, Granules, SizeClass, TokenCount, wide};
+use crate::cache::core::Core;
+use crate::driver::{Driver, Stream};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::Result;
+use crate::geometry::{Background, Config};
+use crate::layout::{Layout, Part};
+use crate::mapper::Mapper;
+use crate::stats::{ByteCounts, Snapshot};
+use crate::units::{Bytes, SlotId, TokenCount};
 
 pub use crate::slot::SlotTokens;
 pub use fence::{Fence, ForeignEvent};
 pub use report::{Report, SlotReport};
 pub use views::TensorView;
 
-/// Numbers caches, so that a slot of one is refused by another.
-static NEXT_CACHE: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
-
-/// The most slots times tensors: their books take about a gigabyte.
-const MOST_RUNS: u64 = 1 << 24;
-
 /// Whether a cache can be trusted with more work.
 ///
 /// | call | `Healthy` | `Degraded` | `Failed` |
 /// |---|---|---|---|
-/// | `step`, `acquire`, `truncate` | yes | yes; a step on a slot with quarantined memory first tries to clear it | no |
-/// | `retire`, `reclaim`, `trim`, `set_budget` | yes | yes | no |
+/// | `step`, `acquire`, `truncate`, `prefetch` | yes | yes; a step on a slot with quarantined memory first tries to clear it | no |
+/// | `retire`, `reclaim`, `trim`, `set_budget`, `tend`, `flush` | yes | yes | no |
 /// | `fits`, `admits`, views, `snapshot`, `report` | yes | yes | yes |
 /// | drop | yes | yes | yes; what the device took with it counts as given back |
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
@@ -73,7 +72,8 @@ pub enum Health {
     /// The driver failed, and then refused to undo: some extents are quarantined, nothing else is
     /// affected. Ends by itself once the driver lets go of them.
     Degraded,
-    /// The device or its context is gone. Drop the cache; nothing on the device can be saved.
+    /// The device or its context is gone, or the mapper panicked. Drop the cache; nothing in it can be
+    /// saved.
     Failed,
 }
 
@@ -89,8 +89,9 @@ pub enum Health {
 /// [`SlotBusy`](ErrorKind::SlotBusy), or see what the other has done already: a step of a slot that was
 /// just retired is [`StaleSlot`](ErrorKind::StaleSlot). A step in which nothing has to be mapped takes one
 /// short lock. Calls that move memory queue up behind one another, since the driver serialises them
-/// anyway. Until there is a background mapper, a call that unmaps waits for the fences of what it
-/// unmaps on the caller's thread.
+/// anyway. What can be done beside the path of a request is left to a thread of the cache's own, the
+/// mapper ([`Background`]): it maps ahead of growth, keeps extents at hand, waits for fences and
+/// unmaps. It moves a few extents at a time, and a call that has to move some itself goes in between.
 ///
 /// **Whole or not at all.** A call that returns an error has changed nothing that a caller can see:
 /// slots, tokens and addresses are as before. Parked memory that was reclaimed on the way may have
@@ -118,18 +119,9 @@ pub enum Health {
 /// # Ok::<(), vattn::Error>(())
 /// ```
 pub struct KvCache {
-    // Dropped in this order: mappings, extents, addresses.
-    table: Ranked<SlotTable, 1>,
-    pool: Ranked<Pool, 2>,
-    tensors: Box<[Tensor]>,
-    /// The right to move extents.
-    moves: Ranked<(), 0>,
-    layout: Arc<Layout>,
-    config: Config,
-    driver: DriverHandle,
-    counters: Arc<Counters>,
-    /// Whether the driver holds on to extents.
-    degraded: AtomicBool,
+    // Ended before what it works on is dropped.
+    mapper: Option<Mapper>,
+    core: Arc<Core>,
 }
 
 impl KvCache {
@@ -142,308 +134,268 @@ impl KvCache {
     /// [`OutOfAddressSpace`](ErrorKind::OutOfAddressSpace) for more virtual memory than can be
     /// reserved; [`OutOfDeviceMemory`](ErrorKind::OutOfDeviceMemory) for what is committed up front.
     pub fn new(config: Config, driver: Arc<dyn Driver>) -> Result<Self> {
-        let counters = Arc::new(Counters::default());
-        let driver = DriverHandle::new(driver, Arc::clone(&counters));
-        let granule = driver.info().granule;
-        let layout = Arc::new(Layout::new(&config, granule, driver.info().device)?);
-        let budget = match config.budget() {
-            Some(budget) => budget,
-            None => driver.memory_info()?.free,
+        let core = Arc::new(Core::new(config, driver)?);
+        let mapper = match core.config().background() {
+            Background::Thread => Some(core.spawn_mapper()?),
+            Background::Caller | Background::Off => None,
         };
-        if budget < least_budget(&config, &layout) {
-            return Err(too_small(budget, &config, &layout));
-        }
-        let runs = u64::from(layout.slots()) * wide(layout.tensors().len());
-        if runs > MOST_RUNS {
-            return Err(Error::new(
-                ErrorKind::InvalidConfig,
-                format!(
-                    "{} slots in {} tensors are {runs} places to keep books of, and {MOST_RUNS} is the limit; use fewer \
-                     slots, or a layout with fewer tensors",
-                    layout.slots(),
-                    layout.tensors().len(),
-                ),
-            ));
-        }
-        let tensors = layout
-            .tensors()
-            .iter()
-            .map(|tensor| Tensor::reserve(&driver, tensor))
-            .collect::<Result<Box<[_]>>>()
-            .map_err(|error| {
-                error.context(format!(
-                    "reserving {} of addresses for {} slots of {} tokens; use fewer slots or fewer tokens a slot",
-                    layout.virtual_size(),
-                    layout.slots(),
-                    layout.stride_tokens(),
-                ))
-            })?;
-        let number = NEXT_CACHE.fetch_add(1, Ordering::Relaxed);
-        let table = SlotTable::new(
-            number,
-            Arc::clone(&layout),
-            config.slack_divisor(),
-            config.spare_index(),
-            Arc::clone(&counters),
-        );
-        let cache = Self {
-            table: Ranked::new(table),
-            pool: Ranked::new(Pool::new(granule, budget, Arc::clone(&counters))),
-            tensors,
-            moves: Ranked::new(()),
-            layout,
-            config,
-            driver,
-            counters,
-            degraded: AtomicBool::new(false),
-        };
-        match cache.config.commit() {
-            Commit::OnDemand => {}
-            Commit::UpFront(mix) => cache.commit(mix)?,
-            Commit::Whole => {
-                let growth = cache.table.lock().growth_class();
-                let budget = cache.pool.lock().budget();
-                cache.commit(&pool::mix(budget, growth))?;
-            }
-        }
-        cache.back_spare()?;
-        tracing::info!(
-            driver = cache.driver.info().name,
-            tensors = cache.tensors.len(),
-            slots = cache.layout.slots(),
-            addresses = %cache.layout.virtual_size(),
-            %budget,
-            "a KV cache is ready"
-        );
-        Ok(cache)
+        Ok(Self { mapper, core })
     }
 
     /// The options it was made with.
     #[must_use]
     pub fn config(&self) -> &Config {
-        &self.config
+        self.core.config()
     }
 
     /// How the model's layers lie in tensors.
     #[must_use]
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        self.core.layout()
+    }
+
+    /// Gives a new request a slot, of no tokens yet.
+    ///
+    /// `hint` is how many tokens it will soon hold, its prompt's for example: of the parked slots the
+    /// one is adopted whose memory suits that best, so that its first step maps little or nothing.
+    /// `stream` is where the request's work will run; it is alive, as [`Stream::new`] asks. What an earlier
+    /// owner of the memory left running on another stream is waited for there, on the device; with `None`
+    /// the calling thread waits.
+    ///
+    /// # Errors
+    /// [`NoFreeSlot`](ErrorKind::NoFreeSlot), or the driver's refusal of a wait, among them
+    /// [`CapturingStream`](ErrorKind::CapturingStream). Nothing is changed.
+    pub fn acquire(&self, hint: TokenCount, stream: Option<Stream>) -> Result<SlotId> {
+        self.then_wake(self.core.acquire(hint, stream))
+    }
+
+    /// One iteration of the server: these slots now hold this many tokens in all. Slots that are not
+    /// named are untouched.
+    ///
+    /// On return every token is backed, in every tensor, and so is what `tile_tokens` adds to it. New
+    /// memory holds whatever it held before: kernels write before they read.
+    ///
+    /// # Errors
+    /// Nothing is changed by a step that fails.
+    /// - [`StaleSlot`](ErrorKind::StaleSlot), [`ForeignSlot`](ErrorKind::ForeignSlot),
+    ///   [`SlotBusy`](ErrorKind::SlotBusy), [`DuplicateSlot`](ErrorKind::DuplicateSlot);
+    /// - [`TooManyTokens`](ErrorKind::TooManyTokens), [`FewerTokens`](ErrorKind::FewerTokens);
+    /// - [`OutOfBudget`](ErrorKind::OutOfBudget): cured by retiring or truncating slots, or by a
+    ///   larger budget; [`fits`](Self::fits) tells beforehand;
+    /// - [`OutOfDeviceMemory`](ErrorKind::OutOfDeviceMemory): the budget has room but the device has
+    ///   not;
+    /// - [`OutOfMappings`](ErrorKind::OutOfMappings) and the driver's other refusals.
+    pub fn step(&self, entries: &[SlotTokens]) -> Result<()> {
+        self.then_wake(self.core.step(entries))
+    }
+
+    /// Which of these would succeed now, each together with those before it that would.
+    ///
+    /// One step of exactly those that are `true` succeeds unless the driver refuses or another thread
+    /// takes the memory first. Steps one after another need not: while there is room, each may round
+    /// its memory up.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), for anything but memory.
+    pub fn fits(&self, entries: &[SlotTokens]) -> Result<Vec<bool>> {
+        self.core.fits(entries)
+    }
+
+    /// How many of these new requests, in order, could each be given a slot and stepped to so many
+    /// tokens now. Counting ends at the first that could not, as a queue does.
+    #[must_use]
+    pub fn admits(&self, prompts: &[TokenCount]) -> usize {
+        self.core.admits(prompts)
+    }
+
+    /// Has memory mapped for tokens that these slots will soon hold: for a request that was given a slot
+    /// and still waits for its turn, or a prompt that comes in parts. The memory counts as parked, so
+    /// whoever needs it first may take it, and it never stands in the way of a step or an admission.
+    ///
+    /// Returns at once; with [`Background::Off`] it maps on the calling thread. The last call for a slot
+    /// counts, so one with the tokens that it holds takes the wish back, and retiring the slot gives the
+    /// memory up. Where it does not fit, less is mapped, and more once memory is given up: that is no
+    /// error.
+    ///
+    /// # Errors
+    /// [`StaleSlot`](ErrorKind::StaleSlot), [`ForeignSlot`](ErrorKind::ForeignSlot),
+    /// [`SlotBusy`](ErrorKind::SlotBusy), [`TooManyTokens`](ErrorKind::TooManyTokens). Nothing is
+    /// changed.
+    pub fn prefetch(&self, entries: &[SlotTokens]) -> Result<()> {
+        self.then_wake(self.core.prefetch(entries))
+    }
+
+    /// Takes tokens away: the slot now holds that many. What held the others stays mapped, as spare
+    /// memory of the slot; `fences` say when the device is done with it.
+    ///
+    /// # Errors
+    /// As [`retire`](Self::retire), and [`InvalidArgument`](ErrorKind::InvalidArgument) for more
+    /// tokens than the slot holds. Nothing is changed.
+    pub fn truncate(&self, slot: SlotId, tokens: TokenCount, fences: &[Fence]) -> Result<()> {
+        self.then_wake(self.core.truncate(slot, tokens, fences))
+    }
+
+    /// The request is done. Its extents stay mapped until another request adopts them or memory is
+    /// short; `fences` say when the device is done with them.
+    ///
+    /// # Errors
+    /// [`StaleSlot`](ErrorKind::StaleSlot), [`ForeignSlot`](ErrorKind::ForeignSlot),
+    /// [`SlotBusy`](ErrorKind::SlotBusy), [`InvalidArgument`](ErrorKind::InvalidArgument) for no
+    /// fence, [`CapturingStream`](ErrorKind::CapturingStream), and the driver's. Nothing is changed.
+    pub fn retire(&self, slot: SlotId, fences: &[Fence]) -> Result<()> {
+        self.then_wake(self.core.retire(slot, fences))
+    }
+
+    /// The index that padded batch entries may write to, if the cache was made with one. The tokens
+    /// of one page or tile are always backed there, whichever is more.
+    #[must_use]
+    pub fn spare_slot(&self) -> Option<u32> {
+        self.core.config().spare_index()
+    }
+
+    /// Unmaps memory that holds nobody's tokens, the one of least use first, until so many bytes more
+    /// are free in the pool or nothing is left to unmap. What is unmapped are mappings there are now,
+    /// once their fences and `fences` have fired.
+    ///
+    /// Returns at once, with what is free in the pool now; [`flush`](Self::flush) waits until it is
+    /// done. With [`Background::Off`] it is done on return.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](ErrorKind::InvalidArgument) for no fence,
+    /// [`CapturingStream`](ErrorKind::CapturingStream), and the driver's.
+    pub fn reclaim(&self, bytes: Bytes, fences: &[Fence]) -> Result<Bytes> {
+        self.then_wake(self.core.reclaim(bytes, fences))
+    }
+
+    /// Gives memory back to the device until no more than `keep` is held, or until all is given back
+    /// that holds nobody's tokens now. Mappings go once their fences and `fences` have fired.
+    ///
+    /// Returns at once, with what is held now; [`flush`](Self::flush) waits until it is done: then more
+    /// than `keep` is held only where slots in use need it, or went on growing. With
+    /// [`Background::Off`] it is done on return.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](ErrorKind::InvalidArgument) for no fence,
+    /// [`CapturingStream`](ErrorKind::CapturingStream), and the driver's.
+    pub fn trim(&self, keep: Bytes, fences: &[Fence]) -> Result<Bytes> {
+        self.then_wake(self.core.trim(keep, fences))
+    }
+
+    /// Changes what may be held. With a smaller budget memory is given back before it returns:
+    /// it waits for the fences of what is unmapped.
+    ///
+    /// # Errors
+    /// [`InvalidConfig`](ErrorKind::InvalidConfig) for a budget that [`new`](Self::new) would refuse,
+    /// [`OutOfBudget`](ErrorKind::OutOfBudget) where slots in use need more than `budget`, and the
+    /// driver's. The old budget stays.
+    pub fn set_budget(&self, budget: Bytes) -> Result<()> {
+        self.then_wake(self.core.set_budget(budget))
+    }
+
+    /// What may be held at most.
+    #[must_use]
+    pub fn budget(&self) -> Bytes {
+        self.core.budget()
+    }
+
+    /// Does, on the calling thread, what the mapper would do by now: for [`Background::Caller`], once an
+    /// iteration. How much it does at a time is bounded (see `DESIGN.md`), so that a burst of growth is
+    /// spread over the steps that are left before it is needed. Never waits for a fence, nor for another
+    /// thread that is in this call.
+    ///
+    /// Returns whether something is left that it will do later: not before the next step, or not before a
+    /// fence has fired.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](ErrorKind::InvalidArgument) with another choice of [`Background`].
+    pub fn tend(&self) -> Result<bool> {
+        self.core.tend()
+    }
+
+    /// Blocks until all is done that the mapper was asked for before: memory is mapped ahead, trims and
+    /// reclaims have come to their end, and so has what waits for a fence, which therefore has to fire.
+    /// With [`Background::Caller`] it does that work itself, and with [`Background::Off`] there is none.
+    ///
+    /// # Errors
+    /// What a call of the driver in the background failed with since the last flush, the first where
+    /// there are several. Nothing is lost by it: what could not be mapped ahead is mapped when it is
+    /// needed, and what could not be given back is still there.
+    pub fn flush(&self) -> Result<()> {
+        self.core.flush(self.mapper.as_ref())
+    }
+
+    /// A layer's keys or values by slot: `[slot, token, head, dim]`. A latent layer has keys alone,
+    /// of one head.
+    ///
+    /// # Errors
+    /// [`InvalidArgument`](ErrorKind::InvalidArgument) past the last layer and for the values of a
+    /// latent layer.
+    pub fn view(&self, layer: u32, part: Part) -> Result<TensorView> {
+        self.core.view(layer, part)
+    }
+
+    /// The same memory by page: `[page, token of the page, head, dim]`. Page i of slot s is
+    /// s × [`pages_per_slot`](crate::layout::Layout::pages_per_slot) + i, in every layer alike, so a
+    /// paged kernel reads a slot through a page table that counts upward.
+    ///
+    /// # Errors
+    /// As [`view`](Self::view).
+    pub fn paged_view(&self, layer: u32, part: Part) -> Result<TensorView> {
+        self.core.paged_view(layer, part)
+    }
+
+    /// The same memory as one long row of tokens: `[1, token, head, dim]`. Token t of slot s is
+    /// s × [`stride_tokens`](crate::layout::Layout::stride_tokens) + t.
+    ///
+    /// # Errors
+    /// As [`view`](Self::view).
+    pub fn token_view(&self, layer: u32, part: Part) -> Result<TensorView> {
+        self.core.token_view(layer, part)
+    }
+
+    /// Whether it can be trusted with more work.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.core.health()
     }
 
     /// What is counted, at any time and without waiting for anybody.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        self.counters.snapshot()
+        self.core.snapshot()
     }
 
     /// How much memory is used for what: the part of a [`snapshot`](Self::snapshot) that a server
     /// may want every iteration. It allocates nothing.
     #[must_use]
     pub fn bytes(&self) -> ByteCounts {
-        self.counters.bytes()
+        self.core.bytes()
     }
 
-    /// Whether it can be trusted with more work.
-    #[must_use]
-    pub fn health(&self) -> Health {
-        if self.counters.device_lost() {
-            Health::Failed
-        } else if self.degraded.load(Ordering::Relaxed) {
-            Health::Degraded
-        } else {
-            Health::Healthy
-        }
-    }
-
-    /// Creates the extents that the options say should be there from the start.
-    fn commit(&self, mix: &[(SizeClass, u64)]) -> Result<()> {
-        let granule = self.driver.info().granule;
-        let total = mix.iter().try_fold(Granules::ZERO, |total, (class, count)| {
-            total.checked_add(class.granules().checked_mul(*count)?)
-        });
-        let budget = self.pool.lock().budget();
-        if total.is_none_or(|total| total > budget) {
-            return Err(Error::new(
-                ErrorKind::InvalidConfig,
-                format!(
-                    "{} granules are to be committed up front, and the budget is {}, {budget} granules; commit less or \
-                     raise it",
-                    total.map_or("more than 2^64".to_owned(), |total| total.to_string()),
-                    granule.to_bytes(budget),
-                ),
-            ));
-        }
-        for (class, count) in mix {
-            for _ in 0..*count {
-                let promise = self.pool.lock().promise(*class, budget);
-                let promise = promise.expect("the mix was just found to fit the budget");
-                match PhysicalMemory::new(&self.driver, granule.to_bytes(class.granules())) {
-                    Ok(memory) => {
-                        let mut pool = self.pool.lock();
-                        let extent = pool.keep(promise, memory);
-                        pool.give_back(extent);
-                    }
-                    Err(error) => {
-                        self.pool.lock().break_promise(promise);
-                        return Err(error.context("committing memory up front"));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Refuses calls once the device is gone.
-    fn check_health(&self) -> Result<()> {
-        if self.health() == Health::Failed {
-            return Err(Error::new(
-                ErrorKind::Unhealthy,
-                "the device or its context is gone, and with it all that was cached; drop this cache and make a new one, in a \
-                 new process if a kernel faulted",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Counts an error that a caller is given, and notes what it says about the device.
-    fn noted<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result {
-            self.counters.count_failure(error.kind());
-            if error.kind() == ErrorKind::DeviceLost {
-                tracing::error!(error = error.report(), "the device is gone: the cache has failed");
-            }
-        }
-        result
-    }
-
-    /// Carries work out and settles it. `publish` runs under the locks if it succeeded, `undo` if not.
+    /// Walks through all slots and extents and compares the books: every total with the sum of its
+    /// parts, every extent held with the place where it is. Waits for operations under way.
     ///
-    /// The caller holds the right to move extents.
-    fn perform(
-        &self,
-        work: Work,
-        publish: impl FnOnce(&mut SlotTable),
-        undo: impl FnOnce(&mut SlotTable),
-    ) -> Result<()> {
-        let keep = |promise, memory| self.pool.lock().keep(promise, memory);
-        let (done, result) = work::carry_out(work, &self.driver, &self.tensors, keep);
-        self.counters.reclaimed.add(done.reclaimed);
-        self.counters.resized.add(done.resized);
-        if done.reclaimed + done.resized > 0 {
-            tracing::debug!(reclaimed = done.reclaimed, resized = done.resized, "parked extents were taken");
-        }
+    /// # Errors
+    /// [`Internal`](ErrorKind::Internal) where the books disagree, which is a defect of this library.
+    pub fn report(&self) -> Result<Report> {
+        self.core.report()
+    }
+
+    /// Wakes the mapper if what was just done left it something to do.
+    fn then_wake<T>(&self, result: T) -> T {
+        if let Some(mapper) = &self.mapper
+            && self.core.take_alert()
         {
-            let mut table = self.table.lock();
-            let mut pool = self.pool.lock();
-            done.settle(&mut table, &mut pool);
-            match &result {
-                Ok(()) => publish(&mut table),
-                Err(_) => {
-                    self.counters.rolled_back.bump();
-                    undo(&mut table);
-                }
-            }
-            let degraded = !table.quarantined().is_zero();
-            if !self.degraded.swap(degraded, Ordering::Relaxed) && degraded {
-                tracing::warn!(granules = %table.quarantined(), "the driver would not undo: extents are quarantined");
-            }
+            mapper.wake();
         }
-        self.sweep();
         result
-    }
-
-    /// Plans and carries out work that maps nothing.
-    ///
-    /// The caller holds the right to move extents.
-    fn give_up_memory(
-        &self,
-        fences: Vec<crate::slot::Fence>,
-        plan: impl FnOnce(&mut Planner<'_>),
-        limit: Granules,
-    ) -> Result<()> {
-        // What the driver would not let go of before is tried again, and stands in nobody's way.
-        if !self.table.lock().quarantined().is_zero() {
-            let work = self.plan(Vec::new(), |planner| planner.clear_all(), limit);
-            if let Err(error) = self.perform(work, |_| {}, |_| {}) {
-                tracing::warn!(error = error.report(), "the driver still holds on to quarantined extents");
-            }
-        }
-        let work = self.plan(fences, plan, limit);
-        self.perform(work, |_| {}, |_| {})
-    }
-
-    fn plan(
-        &self,
-        fences: Vec<crate::slot::Fence>,
-        plan: impl FnOnce(&mut Planner<'_>),
-        limit: Granules,
-    ) -> Work {
-        let mut table = self.table.lock();
-        let mut pool = self.pool.lock();
-        let mut planner = Planner::new(&mut table, &mut pool, limit, Merging::Forbidden);
-        plan(&mut planner);
-        planner.finish(fences)
-    }
-
-    /// Destroys the fences that nobody needs any more, with no lock held.
-    fn sweep(&self) {
-        let trash = self.table.lock().take_trash();
-        drop(trash);
-    }
-}
-
-/// The tokens that the spare slot backs.
-fn spare_tokens(config: &Config) -> TokenCount {
-    let tokens = config.page_tokens().max(config.tile_tokens());
-    TokenCount::new(u64::from(tokens)).min(config.max_tokens())
-}
-
-/// A granule for each tensor, or what the spare slot takes, where that is more.
-fn least_budget(config: &Config, layout: &Layout) -> Bytes {
-    let one_each = Granules::new(wide(layout.tensors().len()));
-    let spare = match config.spare_index() {
-        Some(_) => layout.granules_for(layout.round_to_tile(spare_tokens(config))),
-        None => Granules::ZERO,
-    };
-    layout.granule().to_bytes(one_each.max(spare))
-}
-
-#[cold]
-fn too_small(budget: Bytes, config: &Config, layout: &Layout) -> Error {
-    let spare = match config.spare_index() {
-        Some(_) => format!(" and the spare slot {} tokens", spare_tokens(config)),
-        None => String::new(),
-    };
-    Error::new(
-        ErrorKind::InvalidConfig,
-        format!(
-            "the budget is {budget}, and {} tensors need a granule of {} each{spare}, {} in all; raise it, or choose a \
-             layout with fewer tensors",
-            layout.tensors().len(),
-            layout.granule().bytes(),
-            least_budget(config, layout),
-        ),
-    )
-}
-
-impl Drop for KvCache {
-    fn drop(&mut self) {
-        // Kernels may still be reading what is about to be unmapped.
-        for fence in self.table.get_mut().all_fences() {
-            if let Err(error) = fence.event().wait() {
-                tracing::error!(
-                    error = error.report(),
-                    "a fence could not be waited for before a cache is dropped"
-                );
-            }
-        }
     }
 }
 
 impl fmt::Debug for KvCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KvCache")
-            .field("driver", self.driver.info())
+            .field("driver", self.core.driver.info())
             .field("health", &self.health())
             .field("bytes", &self.snapshot().bytes)
             .finish_non_exhaustive()

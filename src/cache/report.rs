@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use crate::cache::{Health, KvCache};
+use crate::cache::Health;
+use crate::cache::core::Core;
 use crate::error::{Error, ErrorKind, Result};
 use crate::slot::State;
 use crate::stats::Snapshot;
@@ -46,13 +47,8 @@ impl Report {
     }
 }
 
-impl KvCache {
-    /// Walks through all slots and extents and compares the books: every total with the sum of its
-    /// parts, every extent held with the place where it is. Waits for operations under way.
-    ///
-    /// # Errors
-    /// [`Internal`](ErrorKind::Internal) where the books disagree, which is a defect of this library.
-    pub fn report(&self) -> Result<Report> {
+impl Core {
+    pub(super) fn report(&self) -> Result<Report> {
         let _moves = self.moves.lock();
         let table = self.table.lock();
         let pool = self.pool.lock();

@@ -1,7 +1,8 @@
 //! How slots get their tokens, and what would fit.
 
+use crate::cache::core::{self, Core};
 use crate::cache::work::{Merging, Planner, Wanted, Work, abandon, shortage};
-use crate::cache::{Health, KvCache, SlotTokens};
+use crate::cache::{Health, SlotTokens};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Need, Pool, cover};
 use crate::slot::growth::{Change, Room, change};
@@ -24,24 +25,8 @@ enum Planned {
     Undecided,
 }
 
-impl KvCache {
-    /// One iteration of the server: these slots now hold this many tokens in all. Slots that are not
-    /// named are untouched.
-    ///
-    /// On return every token is backed, in every tensor, and so is what `tile_tokens` adds to it. New
-    /// memory holds whatever it held before: kernels write before they read.
-    ///
-    /// # Errors
-    /// Nothing is changed by a step that fails.
-    /// - [`StaleSlot`](ErrorKind::StaleSlot), [`ForeignSlot`](ErrorKind::ForeignSlot),
-    ///   [`SlotBusy`](ErrorKind::SlotBusy), [`DuplicateSlot`](ErrorKind::DuplicateSlot);
-    /// - [`TooManyTokens`](ErrorKind::TooManyTokens), [`FewerTokens`](ErrorKind::FewerTokens);
-    /// - [`OutOfBudget`](ErrorKind::OutOfBudget): cured by retiring or truncating slots, or by a
-    ///   larger budget; [`fits`](Self::fits) tells beforehand;
-    /// - [`OutOfDeviceMemory`](ErrorKind::OutOfDeviceMemory): the budget has room but the device has
-    ///   not;
-    /// - [`OutOfMappings`](ErrorKind::OutOfMappings) and the driver's other refusals.
-    pub fn step(&self, entries: &[SlotTokens]) -> Result<()> {
+impl Core {
+    pub(super) fn step(&self, entries: &[SlotTokens]) -> Result<()> {
         // The quick way asks no driver, which would say that the device is gone.
         let within =
             self.health() != Health::Failed && matches!(self.table.lock().step_within(entries), Quick::Done);
@@ -158,15 +143,7 @@ impl KvCache {
         }
     }
 
-    /// Which of these would succeed now, each together with those before it that would.
-    ///
-    /// One step of exactly those that are `true` succeeds unless the driver refuses or another thread
-    /// takes the memory first. Steps one after another need not: while there is room, each may round
-    /// its memory up.
-    ///
-    /// # Errors
-    /// As [`step`](Self::step), for anything but memory.
-    pub fn fits(&self, entries: &[SlotTokens]) -> Result<Vec<bool>> {
+    pub(super) fn fits(&self, entries: &[SlotTokens]) -> Result<Vec<bool>> {
         let mut table = self.table.lock();
         let pool = self.pool.lock();
         let result = table.check_step(entries).map(|()| {
@@ -187,10 +164,7 @@ impl KvCache {
         self.noted(result)
     }
 
-    /// How many of these new requests, in order, could each be given a slot and stepped to so many
-    /// tokens now. Counting ends at the first that could not, as a queue does.
-    #[must_use]
-    pub fn admits(&self, prompts: &[TokenCount]) -> usize {
+    pub(super) fn admits(&self, prompts: &[TokenCount]) -> usize {
         let table = self.table.lock();
         let pool = self.pool.lock();
         let mut left = table.left_of(pool.budget());
@@ -209,7 +183,7 @@ impl KvCache {
     /// Backs the slot that padded batch entries write to: the tokens of one page or tile.
     pub(super) fn back_spare(&self) -> Result<()> {
         let Some(slot) = self.table.lock().spare_slot() else { return Ok(()) };
-        let tokens = super::spare_tokens(&self.config);
+        let tokens = core::spare_tokens(&self.config);
         self.step(&[SlotTokens::new(slot, tokens)]).map_err(|error| error.context("backing the spare slot"))
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::cache::KvCache;
+use crate::cache::core::Core;
 use crate::error::{Error, ErrorKind, Result};
 use crate::geometry::Dtype;
 use crate::layout::{Part, View};
@@ -27,33 +27,16 @@ pub struct TensorView {
     pub device: Device,
 }
 
-impl KvCache {
-    /// A layer's keys or values by slot: `[slot, token, head, dim]`. A latent layer has keys alone,
-    /// of one head.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](ErrorKind::InvalidArgument) past the last layer and for the values of a
-    /// latent layer.
-    pub fn view(&self, layer: u32, part: Part) -> Result<TensorView> {
+impl Core {
+    pub(super) fn view(&self, layer: u32, part: Part) -> Result<TensorView> {
         self.located(layer, part, self.layout.view(layer, part))
     }
 
-    /// The same memory by page: `[page, token of the page, head, dim]`. Page i of slot s is
-    /// s × [`pages_per_slot`](crate::layout::Layout::pages_per_slot) + i, in every layer alike, so a
-    /// paged kernel reads a slot through a page table that counts upward.
-    ///
-    /// # Errors
-    /// As [`view`](Self::view).
-    pub fn paged_view(&self, layer: u32, part: Part) -> Result<TensorView> {
+    pub(super) fn paged_view(&self, layer: u32, part: Part) -> Result<TensorView> {
         self.located(layer, part, self.layout.paged_view(layer, part))
     }
 
-    /// The same memory as one long row of tokens: `[1, token, head, dim]`. Token t of slot s is
-    /// s × [`stride_tokens`](crate::layout::Layout::stride_tokens) + t.
-    ///
-    /// # Errors
-    /// As [`view`](Self::view).
-    pub fn token_view(&self, layer: u32, part: Part) -> Result<TensorView> {
+    pub(super) fn token_view(&self, layer: u32, part: Part) -> Result<TensorView> {
         self.located(layer, part, self.layout.token_view(layer, part))
     }
 

@@ -102,6 +102,31 @@ pub enum Commit {
     UpFront(Vec<(SizeClass, u64)>),
 }
 
+/// Who does the work that need not be done on the path of a request: mapping ahead of growth, keeping
+/// extents at hand, unmapping what was given up.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Background {
+    /// A thread of the cache's own, the mapper: asleep while there is nothing to do, joined on drop.
+    #[default]
+    Thread,
+    /// Whoever calls [`KvCache::tend`](crate::KvCache::tend): a server with threads of its own, or a
+    /// simulation that has to come out the same in every run.
+    Caller,
+    /// Nobody: every call does all of its work before it returns, and waits for the fences of what it
+    /// unmaps.
+    Off,
+}
+
+/// When the memory of a retired slot, and the tail of a truncated one, is unmapped.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Reclaim {
+    /// When somebody else needs it: until then a new request may adopt it, which costs no driver call.
+    #[default]
+    Deferred,
+    /// As soon as its fences have fired.
+    Eager,
+}
+
 /// All options of a cache, validated as far as that needs no driver.
 ///
 /// ```
@@ -128,6 +153,10 @@ pub struct Config {
     commit: Commit,
     spare_slot: bool,
     slack_divisor: u32,
+    background: Background,
+    reclaim: Reclaim,
+    look_ahead: TokenCount,
+    look_ahead_budget: Option<Bytes>,
 }
 
 impl Config {
@@ -148,6 +177,10 @@ impl Config {
                 commit: Commit::default(),
                 spare_slot: false,
                 slack_divisor: 32,
+                background: Background::default(),
+                reclaim: Reclaim::default(),
+                look_ahead: TokenCount::new(64),
+                look_ahead_budget: None,
             },
         }
     }
@@ -228,6 +261,31 @@ impl Config {
     pub const fn slack_divisor(&self) -> u32 {
         self.slack_divisor
     }
+
+    /// Who does the work that need not be done on the path of a request.
+    #[must_use]
+    pub const fn background(&self) -> Background {
+        self.background
+    }
+
+    /// When the memory that requests gave up is unmapped.
+    #[must_use]
+    pub const fn reclaim(&self) -> Reclaim {
+        self.reclaim
+    }
+
+    /// With how many tokens to go the memory for a slot's growth is mapped.
+    #[must_use]
+    pub const fn look_ahead(&self) -> TokenCount {
+        self.look_ahead
+    }
+
+    /// How much may be mapped ahead at a time, for all slots together; `None` is a sixteenth of the
+    /// budget.
+    #[must_use]
+    pub const fn look_ahead_budget(&self) -> Option<Bytes> {
+        self.look_ahead_budget
+    }
 }
 
 /// Builds a [`Config`]. Every method replaces one option; [`build`](Self::build) checks them all.
@@ -292,6 +350,35 @@ impl ConfigBuilder {
     /// A plan may round a need up by at most the need divided by this. Default 32.
     pub const fn slack_divisor(mut self, divisor: u32) -> Self {
         self.config.slack_divisor = divisor;
+        self
+    }
+
+    /// Who does the work that need not be done on the path of a request. Default: a thread of the
+    /// cache's own.
+    pub const fn background(mut self, background: Background) -> Self {
+        self.config.background = background;
+        self
+    }
+
+    /// When the memory that requests gave up is unmapped. Default: when somebody else needs it.
+    pub const fn reclaim(mut self, reclaim: Reclaim) -> Self {
+        self.config.reclaim = reclaim;
+        self
+    }
+
+    /// With how many tokens to go the memory for a slot's growth is mapped; slots begin at different
+    /// points between this and half of it, so that those that grow in step don't ask at once. 0 turns
+    /// it off. Default 64.
+    pub const fn look_ahead(mut self, tokens: TokenCount) -> Self {
+        self.config.look_ahead = tokens;
+        self
+    }
+
+    /// How much may be mapped ahead at a time, for all slots together. It counts as parked: whoever
+    /// needs it may take it, so it never stands in the way of a step or of an admission. Default: a
+    /// sixteenth of the budget.
+    pub const fn look_ahead_budget(mut self, bytes: Bytes) -> Self {
+        self.config.look_ahead_budget = Some(bytes);
         self
     }
 
@@ -400,6 +487,8 @@ mod tests {
         assert_eq!((config.page_tokens(), config.tile_tokens(), config.slack_divisor()), (16, 1, 32));
         assert_eq!((config.budget(), config.commit()), (None, &Commit::OnDemand));
         assert_eq!(config.layout(), LayoutChoice { kind: LayoutKind::Sliced, order: KvOrder::Apart });
+        assert_eq!((config.background(), config.reclaim()), (Background::Thread, Reclaim::Deferred));
+        assert_eq!((config.look_ahead(), config.look_ahead_budget()), (TokenCount::new(64), None));
         let spare = config.to_builder().spare_slot(true).build().unwrap();
         assert_eq!((spare.slots(), spare.spare_index()), (1025, Some(1024)));
     }

@@ -27,7 +27,7 @@ mod hf;
 mod kernels;
 mod presets;
 
-pub use config::{Commit, Config, ConfigBuilder, KvOrder, LayoutChoice, LayoutKind};
+pub use config::{Background, Commit, Config, ConfigBuilder, KvOrder, LayoutChoice, LayoutKind, Reclaim};
 pub use kernels::{Evidence, Kernel};
 
 /// The type of a cache's elements.

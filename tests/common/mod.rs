@@ -443,6 +443,7 @@ fn configure(shape: &Shape) -> Config {
         .budget(shape.granule * shape.budget)
         .spare_slot(shape.spare)
         .commit(commit(&shape.up_front))
+        .background(shape.background)
         .build()
         .unwrap()
 }

@@ -1,6 +1,6 @@
 //! Caches of many shapes, each with the rows of its tensors worked out by hand.
 
-use vattn::geometry::{Dtype, Geometry, LayerGroup, LayerKind};
+use vattn::geometry::{Background, Dtype, Geometry, LayerGroup, LayerKind};
 use vattn::units::Bytes;
 use vattn::{Config, KvCache};
 
@@ -28,6 +28,8 @@ pub(crate) struct Shape {
     pub(crate) spare: bool,
     /// Exponents and counts.
     pub(crate) up_front: Vec<(u8, u64)>,
+    /// Nobody, so that calls can be counted, unless a test says otherwise.
+    pub(crate) background: Background,
 }
 
 impl Shape {
@@ -128,6 +130,7 @@ fn full_size(
         device_has: None,
         spare: false,
         up_front: Vec::new(),
+        background: Background::Off,
     }
 }
 

@@ -1,0 +1,1 @@
+//! What is mapped before tokens need it.
