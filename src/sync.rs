@@ -84,18 +84,6 @@ impl<T, const RANK: u8> Ranked<T, RANK> {
         }
     }
 
-    /// Takes the lock if nobody holds it.
-    ///
-    /// # Panics
-    /// As [`lock`](Self::lock).
-    pub(crate) fn try_lock(&self) -> Option<Guard<'_, T, RANK>> {
-        #[cfg(not(loom))]
-        let inner = self.inner.try_lock()?;
-        #[cfg(loom)]
-        let inner = self.inner.try_lock().ok()?;
-        Some(Guard { inner, _listed: Listed::new() })
-    }
-
     /// Gives the lock up, to whoever has waited for it longest where somebody does.
     pub(crate) fn unlock_fair(guard: Guard<'_, T, RANK>) {
         #[cfg(not(loom))]

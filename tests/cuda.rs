@@ -49,6 +49,7 @@ fn cache(driver: Arc<dyn Driver>, budget: Bytes) -> KvCache {
     let config = Config::builder(Geometry::preset("llama-3-8b").unwrap())
         .max_slots(8)
         .max_tokens(tokens(32_768))
+        .background(vattn::geometry::Background::Off)
         .budget(budget);
     KvCache::new(config.build().unwrap(), driver).unwrap()
 }

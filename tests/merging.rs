@@ -23,6 +23,7 @@ fn of_small_extents(device: u64) -> (KvCache, Arc<Checked>) {
         .max_slots(200)
         .max_tokens(TokenCount::new(4096))
         .budget(GRANULE * BUDGET)
+        .background(vattn::geometry::Background::Off)
         .build()
         .unwrap();
     let cache = KvCache::new(config, driver.clone()).unwrap();

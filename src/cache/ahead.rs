@@ -1,1 +1,238 @@
-//! What is mapped before tokens need it.
+//! What is mapped before tokens need it: the growth of the next steps, and what a request that waits will
+//! need.
+//!
+//! It becomes spare memory at the end of a run, like the tail that an earlier owner left: a step that comes
+//! to need it makes no call of the driver, and whoever needs it sooner may take it. The slot is not busy
+//! meanwhile. Its owner may step, truncate and retire it; only the end of its runs is not his.
+
+use crate::cache::SlotTokens;
+use crate::cache::background::{BATCH, Came, Pace};
+use crate::cache::core::Core;
+use crate::cache::work::{Planner, Wanted, Work};
+use crate::error::{ErrorKind, Result};
+use crate::geometry::Background;
+use crate::pool::{Need, Pool, cover};
+use crate::slot::growth::{Change, Room, change};
+use crate::slot::{Among, Due, Place, SlotTable, State};
+use crate::units::{Granules, wide};
+
+/// Growth is urgent once less than this part of the look-ahead is left.
+const URGENT_DIVISOR: u64 = 4;
+/// What may be mapped ahead at a time, of the budget, if nobody says.
+const AHEAD_DIVISOR: u64 = 16;
+
+/// A run that is to be extended.
+#[derive(Clone, Copy, Debug)]
+struct Extension {
+    place: Place,
+    generation: u64,
+    /// Pieces that stay.
+    keep: usize,
+    to: Granules,
+    slack: Granules,
+}
+
+/// What was found to be mapped next.
+#[derive(Debug, Default)]
+struct Found {
+    extensions: Vec<Extension>,
+    /// Slots whose memory a step would replace, and that have fences.
+    fenced: bool,
+    /// Slots for which this is not the time.
+    paced: bool,
+}
+
+impl Core {
+    pub(super) fn prefetch(&self, entries: &[SlotTokens]) -> Result<()> {
+        self.noted(self.check_health().and_then(|()| {
+            self.table.lock().wish(entries)?;
+            if self.config.background() == Background::Off {
+                // Not paced: what was asked for is due by itself.
+                while self.grow(&mut Pace::default()) == Came::Moved {}
+            }
+            Ok(())
+        }))
+    }
+
+    /// Maps a few of the extents that slots will soon need.
+    pub(super) fn grow(&self, pace: &mut Pace) -> Came {
+        match self.table.lock().is_hungry() {
+            (false, false) => return Came::ToNothing,
+            (false, true) => {
+                return if self.table.lock().has_fenced(u64::MAX) { Came::Fenced } else { Came::ToNothing };
+            }
+            (true, _) => {}
+        }
+        let moves = self.moves.lock();
+        let (found, work) = {
+            let mut table = self.table.lock();
+            let mut pool = self.pool.lock();
+            let found = self.look(&mut table, &pool, pace);
+            let work = plan(&mut table, &mut pool, &found.extensions);
+            (found, work)
+        };
+        if work.is_empty() {
+            return match found {
+                Found { fenced: true, .. } => Came::Fenced,
+                Found { paced: true, .. } => Came::Paced,
+                // Those that were due could not be given any, and are not due any more.
+                Found { .. } => Came::Moved,
+            };
+        }
+        let places = work.places();
+        let generation = |place: Place| {
+            found
+                .extensions
+                .iter()
+                .find(|extension| extension.place == place)
+                .map_or(0, |found| found.generation)
+        };
+        let result = self.perform(
+            work,
+            |table| {
+                for (place, pieces) in &places {
+                    table.note_ahead(*place, generation(*place), *pieces);
+                    table.settle(place.slot);
+                }
+            },
+            |table| {
+                for extension in &found.extensions {
+                    table.settle(extension.place.slot);
+                    table.starve(extension.place.slot);
+                }
+            },
+        );
+        Self::give_way(moves);
+        match result {
+            Ok(()) => {
+                let pieces = wide(places.iter().map(|(_, pieces)| pieces).sum());
+                pace.spend(pieces);
+                self.counters.mapped_ahead.add(pieces);
+            }
+            // The device has less than the budget says: no error, as long as nobody needs it.
+            Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory => {}
+            Err(error) => self.note_failure(error.context("mapping ahead")),
+        }
+        Came::Moved
+    }
+
+    /// Finds the next few runs to extend.
+    fn look(&self, table: &mut SlotTable, pool: &Pool, pace: &mut Pace) -> Found {
+        let layout = table.layout();
+        let due = table.due();
+        let budget = pool.budget();
+        let left = table.left_of(budget);
+        let limit = match self.config.look_ahead_budget() {
+            Some(bytes) => layout.granule().within(bytes),
+            None => Granules::new(budget.get() / AHEAD_DIVISOR),
+        };
+        let mut ahead = table.ahead();
+        // What is mapped ahead already will soon be needed, and is not left to be generous with.
+        let mut room = Room::new(left.saturating_sub(ahead), budget, wide(layout.tensors().len()));
+        let runs_due = wide(due.len() * layout.tensors().len());
+        let share = pace.left(self.counters.steps.get(), runs_due);
+        let mut found = Found::default();
+        for due in due {
+            let is_open = table.state(due.slot) == State::Active;
+            if !is_open || (share <= wide(found.extensions.len()) && self.may_wait() && !self.is_urgent(&due))
+            {
+                found.paced = true;
+                continue;
+            }
+            let before = found.extensions.len();
+            // What was asked for may take all that is left, and no more than that.
+            let most = if due.wished { left } else { limit.min(left) };
+            let enough = extensions(table, &due, &mut room, |extension, more| {
+                if extension.keep < table.run(extension.place).pieces().len()
+                    && !table.fences(due.slot).is_empty()
+                {
+                    found.fenced = true;
+                    return Step::Skip;
+                }
+                if ahead + more > most {
+                    return Step::Stop;
+                }
+                ahead += more;
+                found.extensions.push(extension);
+                if found.extensions.len() == BATCH { Step::Stop } else { Step::Next }
+            });
+            let nothing = found.extensions.len() == before;
+            if (nothing && !found.fenced) || (enough == Step::Stop && found.extensions.len() < BATCH) {
+                table.starve(due.slot);
+            }
+            if found.extensions.len() == BATCH {
+                break;
+            }
+        }
+        found
+    }
+
+    fn is_urgent(&self, due: &Due) -> bool {
+        due.wished || due.left.get() < self.config.look_ahead().get() / URGENT_DIVISOR
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    Next,
+    Skip,
+    Stop,
+}
+
+/// Goes through the runs of a slot that have to be extended, with how much more each will hold at most.
+fn extensions(
+    table: &SlotTable,
+    due: &Due,
+    room: &mut Room,
+    mut take: impl FnMut(Extension, Granules) -> Step,
+) -> Step {
+    let layout = table.layout();
+    let backed = layout.round_to_tile(due.target);
+    let prompt = layout.round_to_tile(table.prompt(due.slot));
+    for (tensor, shape) in layout.tensors().iter().enumerate() {
+        let place = Place { slot: due.slot, tensor };
+        let (run, target) = (table.run(place), shape.granules(backed));
+        let end = table.usable_end(place, target);
+        if end >= target {
+            continue;
+        }
+        // A prompt is covered as a whole; growth goes on from where the memory ends.
+        let need = if due.wished { target } else { end + Granules::new(1) };
+        let first = if due.wished { Granules::ZERO } else { shape.granules(prompt) };
+        let change = change(run, need, first, shape.max_granules(), table.terms(tensor), room);
+        let Change::Extend { keep, to, slack } = change else { continue };
+        let extension = Extension { place, generation: table.generation(due.slot), keep, to, slack };
+        if take(extension, to + slack - run.boundary(keep)) == Step::Stop {
+            return Step::Stop;
+        }
+    }
+    Step::Next
+}
+
+/// Plans them. A slot for which there are no extents is not looked at until memory is given up.
+fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> Work {
+    let limit = pool.budget();
+    let among = Among::Fired { until: u64::MAX, ahead: false };
+    let mut planner = Planner::beside_the_path(table, pool, limit, among);
+    let mut classes = Vec::new();
+    let mut missing = None;
+    'found: for extension in found {
+        let Extension { place, keep, to, slack, .. } = *extension;
+        planner.cut_to(place, keep);
+        let mut at = planner.end(place);
+        classes.clear();
+        cover(Need { from: at, to, slack, cuts: &[] }, &mut classes);
+        for class in &classes {
+            if planner.want(place, at, *class) != Wanted::Found {
+                missing = Some(place.slot);
+                break 'found;
+            }
+            at += class.granules();
+        }
+    }
+    let work = planner.finish(Vec::new());
+    if let Some(slot) = missing {
+        table.starve(slot);
+    }
+    work
+}

@@ -1,19 +1,20 @@
 //! What a cache is made of, and how every operation is carried out and settled.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::cache::Health;
+use crate::cache::background::{Goals, Pace};
 use crate::cache::work::{self, Merging, Planner, Work};
 use crate::driver::Driver;
 use crate::driver::owned::{DriverHandle, PhysicalMemory};
 use crate::error::{Error, ErrorKind, Result};
-use crate::geometry::{Commit, Config};
+use crate::geometry::{Background, Commit, Config};
 use crate::layout::Layout;
 use crate::pool::{self, Pool};
-use crate::slot::SlotTable;
+use crate::slot::{self, SlotTable};
 use crate::stats::{ByteCounts, Counters, Snapshot};
-use crate::sync::Ranked;
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::{Leaf, Ranked};
 use crate::tensor::Tensor;
 use crate::units::{Bytes, Granules, SizeClass, TokenCount, wide};
 
@@ -38,6 +39,16 @@ pub(super) struct Core {
     pub(super) counters: Arc<Counters>,
     /// Whether the driver holds on to extents.
     pub(super) degraded: AtomicBool,
+    /// Why the cache has failed, if it has: the first cause.
+    pub(super) failure: OnceLock<String>,
+    /// What the mapper was asked for, besides the growth that the slot table knows of.
+    pub(super) goals: Ranked<Goals, 3>,
+    /// Whether something was left to the mapper since it was last woken.
+    pub(super) alert: Arc<std::sync::atomic::AtomicBool>,
+    /// How much of a step's share of background work is spent; held by whoever does that work.
+    pub(super) pace: Leaf<Pace>,
+    /// How many callers wait until the background is done.
+    pub(super) hurry: AtomicUsize,
 }
 
 impl Core {
@@ -78,14 +89,18 @@ impl Core {
                     layout.stride_tokens(),
                 ))
             })?;
-        let number = NEXT_CACHE.fetch_add(1, Ordering::Relaxed);
-        let table = SlotTable::new(
-            number,
-            Arc::clone(&layout),
-            config.slack_divisor(),
-            config.spare_index(),
-            Arc::clone(&counters),
-        );
+        let number = NEXT_CACHE.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let alert = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let options = slot::Options {
+            slack_divisor: config.slack_divisor(),
+            spare: config.spare_index(),
+            look_ahead: match config.background() {
+                Background::Off => TokenCount::ZERO,
+                Background::Thread | Background::Caller => config.look_ahead(),
+            },
+            alert: Arc::clone(&alert),
+        };
+        let table = SlotTable::new(number, Arc::clone(&layout), options, Arc::clone(&counters));
         let cache = Self {
             table: Ranked::new(table),
             pool: Ranked::new(Pool::new(granule, budget, Arc::clone(&counters))),
@@ -96,6 +111,11 @@ impl Core {
             driver,
             counters,
             degraded: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            goals: Ranked::new(Goals::default()),
+            alert,
+            pace: Leaf::new(Pace::default()),
+            hurry: AtomicUsize::new(0),
         };
         match cache.config.commit() {
             Commit::OnDemand => {}
@@ -135,7 +155,7 @@ impl Core {
     }
 
     pub(super) fn health(&self) -> Health {
-        if self.counters.device_lost() {
+        if self.counters.device_lost() || self.failure.get().is_some() {
             Health::Failed
         } else if self.degraded.load(Ordering::Relaxed) {
             Health::Degraded
@@ -182,27 +202,36 @@ impl Core {
         Ok(())
     }
 
-    /// Refuses calls once the device is gone.
+    /// Refuses calls once the cache has failed.
     pub(super) fn check_health(&self) -> Result<()> {
-        if self.health() == Health::Failed {
-            return Err(Error::new(
-                ErrorKind::Unhealthy,
-                "the device or its context is gone, and with it all that was cached; drop this cache and make a new one, in a \
-                 new process if a kernel faulted",
-            ));
+        if self.health() != Health::Failed {
+            return Ok(());
         }
-        Ok(())
+        let error = Error::new(
+            ErrorKind::Unhealthy,
+            "the cache has failed, and all that it held is gone: drop it and make a new one, in a new process if a kernel \
+             faulted or the device was lost",
+        );
+        Err(match self.failure.get() {
+            Some(why) => error.caused_by(Error::new(ErrorKind::DeviceLost, why.as_str())),
+            None => error,
+        })
     }
 
     /// Counts an error that a caller is given, and notes what it says about the device.
     pub(super) fn noted<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.counters.count_failure(error.kind());
-            if error.kind() == ErrorKind::DeviceLost {
-                tracing::error!(error = error.report(), "the device is gone: the cache has failed");
-            }
+            self.note_loss(error);
         }
         result
+    }
+
+    /// Notes that the device is gone, if that is what an error says.
+    pub(super) fn note_loss(&self, error: &Error) {
+        if error.kind() == ErrorKind::DeviceLost && self.failure.set(error.report()).is_ok() {
+            tracing::error!(error = error.report(), "the device is gone: the cache has failed");
+        }
     }
 
     /// Carries work out and settles it. `publish` runs under the locks if it succeeded, `undo` if not.
@@ -241,6 +270,20 @@ impl Core {
         result
     }
 
+    /// What the driver would not let go of before is tried again, and stands in nobody's way.
+    ///
+    /// The caller holds the right to move extents.
+    pub(super) fn clear_quarantined(&self, clear: impl FnOnce(&mut Planner<'_>)) {
+        let limit = self.pool.lock().budget();
+        if self.table.lock().quarantined().is_zero() {
+            return;
+        }
+        let work = self.plan(Vec::new(), clear, limit);
+        if let Err(error) = self.perform(work, |_| {}, |_| {}) {
+            tracing::warn!(error = error.report(), "the driver still holds on to quarantined extents");
+        }
+    }
+
     /// Plans and carries out work that maps nothing.
     ///
     /// The caller holds the right to move extents.
@@ -250,15 +293,14 @@ impl Core {
         plan: impl FnOnce(&mut Planner<'_>),
         limit: Granules,
     ) -> Result<()> {
-        // What the driver would not let go of before is tried again, and stands in nobody's way.
-        if !self.table.lock().quarantined().is_zero() {
-            let work = self.plan(Vec::new(), |planner| planner.clear_all(), limit);
-            if let Err(error) = self.perform(work, |_| {}, |_| {}) {
-                tracing::warn!(error = error.report(), "the driver still holds on to quarantined extents");
-            }
-        }
+        self.clear_quarantined(|planner| planner.clear_all());
         let work = self.plan(fences, plan, limit);
         self.perform(work, |_| {}, |_| {})
+    }
+
+    /// Whether somebody works beside the path of requests.
+    pub(super) fn has_background(&self) -> bool {
+        self.config.background() != Background::Off
     }
 
     pub(super) fn plan(

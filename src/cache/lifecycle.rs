@@ -82,6 +82,7 @@ impl Core {
             self.sweep();
             result.map_err(|(error, _destroyed_here)| error)?;
             self.counters.retired.bump();
+            self.let_go(slot);
             Ok(())
         }))
     }
@@ -110,7 +111,9 @@ impl Core {
                 }
             };
             self.sweep();
-            result.map_err(|(error, _destroyed_here)| error)
+            result.map_err(|(error, _destroyed_here)| error)?;
+            self.let_go(slot);
+            Ok(())
         }))
     }
 }

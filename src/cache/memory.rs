@@ -10,9 +10,16 @@ impl Core {
         self.noted(self.check_health().and_then(|()| {
             let fences = fence::record(&self.driver, fences)?;
             let granule = self.driver.info().granule;
+            if self.has_background() {
+                return Ok(self.ask_for_free(granule.covering(bytes), fences));
+            }
             let _moves = self.moves.lock();
             let limit = self.pool.lock().budget();
-            self.give_up_memory(fences, |planner| planner.reclaim(granule.covering(bytes)), limit)?;
+            self.give_up_memory(
+                fences,
+                |planner| planner.reclaim(granule.covering(bytes), usize::MAX),
+                limit,
+            )?;
             Ok(granule.to_bytes(self.pool.lock().free_granules()))
         }))
     }
@@ -21,8 +28,11 @@ impl Core {
         self.noted(self.check_health().and_then(|()| {
             let fences = fence::record(&self.driver, fences)?;
             let granule = self.driver.info().granule;
+            if self.has_background() {
+                return Ok(self.ask_for_trim(granule.within(keep), fences));
+            }
             let _moves = self.moves.lock();
-            self.give_up_memory(fences, |planner| planner.shrink(), granule.within(keep))?;
+            self.give_up_memory(fences, |planner| planner.shrink(usize::MAX), granule.within(keep))?;
             let held = granule.to_bytes(self.pool.lock().held());
             tracing::info!(%keep, %held, "memory was given back");
             Ok(held)
@@ -51,8 +61,9 @@ impl Core {
                     ),
                 ));
             }
-            self.give_up_memory(Vec::new(), |planner| planner.shrink(), limit)?;
+            self.give_up_memory(Vec::new(), |planner| planner.shrink(usize::MAX), limit)?;
             self.pool.lock().set_budget(budget);
+            self.table.lock().revive();
             tracing::info!(%budget, "the budget was changed");
             Ok(())
         }))

@@ -1,5 +1,7 @@
 //! How slots get their tokens, and what would fit.
 
+use std::sync::atomic::Ordering;
+
 use crate::cache::core::{self, Core};
 use crate::cache::work::{Merging, Planner, Wanted, Work, abandon, shortage};
 use crate::cache::{Health, SlotTokens};
@@ -39,15 +41,12 @@ impl Core {
 
     /// A step in which some slot needs more than it has used so far.
     fn step_beyond(&self, entries: &[SlotTokens]) -> Result<()> {
-        let _moves = match self.moves.try_lock() {
-            Some(moves) => moves,
-            // Somebody else is moving extents. Who needs none moved does not wait for him.
-            None if self.step_covered(entries) => {
-                self.counters.steps.bump();
-                return Ok(());
-            }
-            None => self.moves.lock(),
-        };
+        // Whoever needs nothing moved does not wait for those who move extents.
+        if self.step_covered(entries) {
+            self.counters.steps.bump();
+            return Ok(());
+        }
+        let _moves = self.moves.lock();
         // What the device was seen to allow during this step, where that is less than the budget. The
         // next step asks the device anew: whoever took its memory may have given it back.
         let mut device_limit = Granules::new(u64::MAX);
@@ -111,6 +110,8 @@ impl Core {
             }
         }
         self.counters.steps.bump();
+        // What was not at hand should be, the next time.
+        self.alert.store(true, Ordering::Relaxed);
         Ok(())
     }
 

@@ -13,11 +13,14 @@
 //! until its work is done: others may retire, acquire and step within what they have, but nobody else
 //! moves an extent.
 
+use std::collections::VecDeque;
+use std::panic::{self, AssertUnwindSafe};
+
 use crate::cache::fence;
 use crate::driver::owned::{DriverHandle, PhysicalMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Extent, Pool, Promise, Withdrawn};
-use crate::slot::{self, Place, SlotTable, Spare};
+use crate::slot::{self, Among, Place, SlotTable, Spare, State};
 use crate::tensor::{Piece, Refused, Tensor};
 use crate::units::{GranuleSize, Granules, SizeClass, wide};
 
@@ -86,8 +89,33 @@ pub(super) struct Work {
     taken: Vec<Taken>,
     withdrawn: Vec<Withdrawn>,
     wants: Vec<Want>,
+    /// To be created, and free then.
+    stock: Vec<Promise>,
     /// Fences of the caller's, besides those of the pieces.
     fences: Vec<slot::Fence>,
+}
+
+impl Work {
+    pub(super) fn is_empty(&self) -> bool {
+        let Self { quarantined, taken, withdrawn, wants, stock, fences: _ } = self;
+        quarantined.is_empty()
+            && taken.is_empty()
+            && withdrawn.is_empty()
+            && wants.is_empty()
+            && stock.is_empty()
+    }
+
+    /// Where something will be mapped, and how many extents in each place.
+    pub(super) fn places(&self) -> Vec<(Place, usize)> {
+        let mut places: Vec<(Place, usize)> = Vec::new();
+        for want in &self.wants {
+            match places.iter_mut().find(|(place, _)| *place == want.place) {
+                Some((_, count)) => *count += 1,
+                None => places.push((want.place, 1)),
+            }
+        }
+        places
+    }
 }
 
 /// Finds extents for an operation. Nothing it takes is lost: [`Planner::finish`] hands it over,
@@ -98,6 +126,7 @@ pub(super) struct Planner<'a> {
     pool: &'a mut Pool,
     limit: Granules,
     merging: Merging,
+    among: Among,
     /// Bytes that will be released before anything is created.
     credit: Granules,
     unclaimed: [Vec<usize>; SizeClass::COUNT],
@@ -105,7 +134,7 @@ pub(super) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// A planner that may hold up to `limit`.
+    /// A planner that may hold up to `limit`, and take anybody's spare memory.
     pub(super) fn new(
         table: &'a mut SlotTable,
         pool: &'a mut Pool,
@@ -117,10 +146,22 @@ impl<'a> Planner<'a> {
             pool,
             limit,
             merging,
+            among: Among::Any,
             credit: Granules::ZERO,
             unclaimed: Default::default(),
             work: Work::default(),
         }
+    }
+
+    /// The same for who works beside the path of requests: it takes spare memory only from those named,
+    /// and never waits for a fence.
+    pub(super) fn beside_the_path(
+        table: &'a mut SlotTable,
+        pool: &'a mut Pool,
+        limit: Granules,
+        among: Among,
+    ) -> Self {
+        Self { among, ..Self::new(table, pool, limit, Merging::Forbidden) }
     }
 
     /// Clears what lies in the way of a run and the driver would not let go of before.
@@ -137,10 +178,44 @@ impl<'a> Planner<'a> {
         self.table.quarantined_places().into_iter().for_each(|place| self.clear(place));
     }
 
+    /// Clears it where nothing has to be waited for.
+    pub(super) fn clear_unfenced(&mut self) {
+        for place in self.table.quarantined_places() {
+            if self.table.fences(place.slot).is_empty() {
+                self.clear(place);
+            }
+        }
+    }
+
     /// Takes all pieces of a run out that hold nobody's tokens.
     pub(super) fn cut(&mut self, place: Place) {
         while let Some(spare) = self.table.pop_spare(place) {
             self.take(spare);
+        }
+    }
+
+    /// Takes the last pieces of a run out, down to so many.
+    pub(super) fn cut_to(&mut self, place: Place, keep: usize) {
+        while self.table.run(place).pieces().len() > keep {
+            let Some(spare) = self.table.pop_spare(place) else { break };
+            self.take(spare);
+        }
+    }
+
+    /// Takes what holds nobody's tokens out of a slot that is still that generation's, at most so many
+    /// pieces; what was mapped ahead for it is left.
+    pub(super) fn cut_all(&mut self, slot: u32, generation: u64, mut most: usize) {
+        let open = matches!(self.table.state(slot), State::Parked | State::Active);
+        if !open || self.table.generation(slot) != generation {
+            return;
+        }
+        for tensor in 0..self.table.layout().tensors().len() {
+            let place = Place { slot, tensor };
+            while most > 0 && self.table.run(place).ahead().is_zero() {
+                let Some(spare) = self.table.pop_spare(place) else { break };
+                self.take(spare);
+                most -= 1;
+            }
         }
     }
 
@@ -169,10 +244,13 @@ impl<'a> Planner<'a> {
         if let Some(source) = self.at_hand(class) {
             return Some(source);
         }
+        if self.among == Among::Any {
+            self.pool.note_miss(class);
+        }
         if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {
             return Some(Source::Create(promise));
         }
-        let spare = self.table.pop_matching(class.granules())?;
+        let spare = self.table.pop_matching(class.granules(), self.among)?;
         self.take(spare);
         self.claim(class)
     }
@@ -211,7 +289,7 @@ impl<'a> Planner<'a> {
                 break Source::Create(promise);
             }
             if !self.release_something(class.granules()) {
-                let Some(spare) = self.table.pop_oldest() else { return false };
+                let Some(spare) = self.table.pop_oldest(self.among) else { return false };
                 self.take(spare);
                 if let Some(source) = self.claim(class) {
                     break source;
@@ -229,7 +307,7 @@ impl<'a> Planner<'a> {
         while let Some(largest) = SizeClass::at_most(rest) {
             let Some((class, source)) = self.at_most(largest) else {
                 if !self.release_something(Granules::new(1)) {
-                    let Some(spare) = self.table.pop_oldest() else { return false };
+                    let Some(spare) = self.table.pop_oldest(self.among) else { return false };
                     self.take(spare);
                 }
                 continue;
@@ -285,24 +363,62 @@ impl<'a> Planner<'a> {
         self.work.taken.push(Taken { spare, fate: Fate::Free });
     }
 
-    /// Takes spare pieces out, the ones of least use first, until they come to so much or none is left.
-    pub(super) fn reclaim(&mut self, granules: Granules) {
+    /// Takes spare pieces out, the ones of least use first, until they come to so much or none is left: at
+    /// most so many.
+    pub(super) fn reclaim(&mut self, granules: Granules, most: usize) {
         let mut got = Granules::ZERO;
-        while got < granules {
-            let Some(spare) = self.table.pop_oldest() else { break };
+        for _ in 0..most {
+            if got >= granules {
+                break;
+            }
+            let Some(spare) = self.table.pop_oldest(self.among) else { break };
             got += spare.piece.granules();
             self.take(spare);
         }
     }
 
-    /// Plans releases until no more than the limit is held, or nothing is left to release.
-    pub(super) fn shrink(&mut self) {
-        while self.pool.held() > self.limit + self.credit {
+    /// Plans releases until no more than the limit is held, or nothing is left to release: at most so many.
+    pub(super) fn shrink(&mut self, most: usize) {
+        for _ in 0..most {
+            if self.pool.held() <= self.limit + self.credit {
+                break;
+            }
             if !self.release_something(Granules::ZERO) {
-                let Some(spare) = self.table.pop_oldest() else { break };
+                let Some(spare) = self.table.pop_oldest(self.among) else { break };
                 self.take(spare);
+                self.release_taken();
             }
         }
+    }
+
+    /// Plans so many steps at most towards one more free extent of that class, and says whether there is a
+    /// way at all.
+    pub(super) fn stock(&mut self, class: SizeClass, most: usize) -> bool {
+        if let Some(promise) = self.pool.promise(class, self.limit) {
+            self.work.stock.push(promise);
+            return true;
+        }
+        if let Some(spare) = self.table.pop_matching(class.granules(), self.among) {
+            self.take(spare);
+            return true;
+        }
+        for _ in 0..most {
+            if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {
+                self.work.stock.push(promise);
+                break;
+            }
+            let excess = (self.pool.held() + class.granules()).saturating_sub(self.limit + self.credit);
+            if let Some(withdrawn) = self.pool.withdraw_surplus(excess) {
+                self.credit += withdrawn.class().granules();
+                self.work.withdrawn.push(withdrawn);
+            } else if let Some(spare) = self.table.pop_oldest(self.among) {
+                self.take(spare);
+                self.release_taken();
+            } else {
+                break;
+            }
+        }
+        !self.work.is_empty()
     }
 
     /// Hands over what is to be done, once `fences` have fired, too.
@@ -316,7 +432,7 @@ impl<'a> Planner<'a> {
 #[derive(Debug, Default)]
 struct Progress {
     /// Not unmapped, in the order in which they were taken.
-    not_unmapped: Vec<Spare>,
+    not_unmapped: VecDeque<Spare>,
     extents: Vec<Extent>,
     withdrawn: Vec<Withdrawn>,
     unreleased: Vec<(SizeClass, PhysicalMemory)>,
@@ -356,6 +472,7 @@ pub(super) fn abandon(work: Work, table: &mut SlotTable, pool: &mut Pool) {
     for want in work.wants {
         progress.give_up(want.source);
     }
+    progress.promises.extend(work.stock);
     progress.settle(table, pool);
 }
 
@@ -394,7 +511,15 @@ pub(super) fn carry_out(
     keep: impl Fn(Promise, PhysicalMemory) -> Extent,
 ) -> (Done, Result<()>) {
     let mut progress = Progress::default();
-    let result = progress.run(work, driver, tensors, keep);
+    let ran = panic::catch_unwind(AssertUnwindSafe(|| progress.run(work, driver, tensors, keep)));
+    let result = match ran {
+        Ok(result) => result,
+        Err(panic) => {
+            // Dropping a piece unmaps it, and a kernel may be reading it: better it stays mapped for good.
+            std::mem::forget(progress);
+            panic::resume_unwind(panic);
+        }
+    };
     if result.is_err() {
         // In reverse order, so that what is left of a run stays a prefix.
         while let Some((place, piece)) = progress.mapped.pop() {
@@ -431,11 +556,11 @@ impl Progress {
         tensors: &[Tensor],
         keep: impl Fn(Promise, PhysicalMemory) -> Extent,
     ) -> Result<()> {
-        let Work { quarantined, taken, withdrawn, wants, fences } = work;
+        let Work { quarantined, taken, withdrawn, wants, stock, fences } = work;
         self.withdrawn = withdrawn;
         let (fates, spares): (Vec<_>, Vec<_>) =
             taken.into_iter().map(|taken| (taken.fate, taken.spare)).unzip();
-        self.not_unmapped = spares;
+        self.not_unmapped = spares.into();
         let (places, sources): (Vec<_>, Vec<_>) =
             wants.into_iter().map(|want| ((want.place, want.at), want.source)).unzip();
 
@@ -457,18 +582,20 @@ impl Progress {
                 Source::Taken(number) => {
                     extents.push(unmapped[number].take().expect("a piece is claimed once and was unmapped"));
                 }
-                Source::Create(promise) => {
-                    match PhysicalMemory::new(
-                        driver,
-                        driver.info().granule.to_bytes(promise.class().granules()),
-                    ) {
-                        Ok(memory) => extents.push(keep(promise, memory)),
-                        Err(error) => {
-                            self.promises.push(promise);
-                            result = Err(error);
-                        }
-                    }
-                }
+                Source::Create(promise) => match self.create(driver, promise, &keep) {
+                    Ok(extent) => extents.push(extent),
+                    Err(error) => result = Err(error),
+                },
+            }
+        }
+        for promise in stock {
+            if result.is_err() {
+                self.promises.push(promise);
+                continue;
+            }
+            match self.create(driver, promise, &keep) {
+                Ok(extent) => self.extents.push(extent),
+                Err(error) => result = Err(error),
             }
         }
         self.extents.extend(unmapped.into_iter().flatten());
@@ -483,6 +610,22 @@ impl Progress {
             }
         }
         result
+    }
+
+    fn create(
+        &mut self,
+        driver: &DriverHandle,
+        promise: Promise,
+        keep: &impl Fn(Promise, PhysicalMemory) -> Extent,
+    ) -> Result<Extent> {
+        let size = driver.info().granule.to_bytes(promise.class().granules());
+        match PhysicalMemory::new(driver, size) {
+            Ok(memory) => Ok(keep(promise, memory)),
+            Err(error) => {
+                self.promises.push(promise);
+                Err(error)
+            }
+        }
     }
 
     /// Unmaps what was taken, in order, and appends the extents. What could not be unmapped, and what
@@ -504,15 +647,16 @@ impl Progress {
                 Err(refused) => result = Err(self.quarantine(place, refused)),
             }
         }
-        let mut spares = std::mem::take(&mut self.not_unmapped).into_iter();
+        // Each stays in the list until its fences have fired: a panic on the way must not drop it.
         while result.is_ok() {
-            let Some(spare) = spares.next() else { break };
-            if let Err(error) = self.wait_for(&spare) {
-                self.not_unmapped.push(spare);
+            let Some(spare) = self.not_unmapped.front() else { break };
+            if let Err(error) = wait_once(spare, &mut self.fired) {
                 result = Err(error);
                 break;
             }
-            let Spare { place, generation, piece, fences } = spare;
+            let Some(Spare { place, generation, piece, fences }) = self.not_unmapped.pop_front() else {
+                break;
+            };
             match piece.unmap() {
                 Ok(extent) => {
                     self.reclaimed += 1;
@@ -520,26 +664,14 @@ impl Progress {
                 }
                 Err(Refused { error, extent, piece }) => {
                     self.extents.extend(extent);
-                    self.not_unmapped.extend(piece.map(|piece| Spare { place, generation, piece, fences }));
+                    if let Some(piece) = piece {
+                        self.not_unmapped.push_front(Spare { place, generation, piece, fences });
+                    }
                     result = Err(error);
                 }
             }
         }
-        self.not_unmapped.extend(spares);
         result
-    }
-
-    /// Waits for a piece's fences, once for each slot that pieces come from.
-    fn wait_for(&mut self, spare: &Spare) -> Result<()> {
-        let known = |fence: &slot::Fence| {
-            self.fired.iter().flat_map(|(_, fences)| fences).any(|fired| fired.is(fence))
-        };
-        if spare.fences.iter().all(known) {
-            return Ok(());
-        }
-        fence::wait(&spare.fences)?;
-        self.fired.push((spare.place.slot, spare.fences.clone()));
-        Ok(())
     }
 
     /// Gives memory back to the driver: what was withdrawn, and what was taken for it.
@@ -577,6 +709,18 @@ impl Progress {
             }
         }
     }
+}
+
+/// Waits for a piece's fences, once for each slot that pieces come from.
+fn wait_once(spare: &Spare, fired: &mut Vec<(u32, Vec<slot::Fence>)>) -> Result<()> {
+    let known =
+        |fence: &slot::Fence| fired.iter().flat_map(|(_, fences)| fences).any(|fired| fired.is(fence));
+    if spare.fences.iter().all(known) {
+        return Ok(());
+    }
+    fence::wait(&spare.fences)?;
+    fired.push((spare.place.slot, spare.fences.clone()));
+    Ok(())
 }
 
 /// What is held, needed and left, as an error tells it.

@@ -157,6 +157,7 @@ pub struct Config {
     reclaim: Reclaim,
     look_ahead: TokenCount,
     look_ahead_budget: Option<Bytes>,
+    at_hand: Option<Bytes>,
 }
 
 impl Config {
@@ -181,6 +182,7 @@ impl Config {
                 reclaim: Reclaim::default(),
                 look_ahead: TokenCount::new(64),
                 look_ahead_budget: None,
+                at_hand: None,
             },
         }
     }
@@ -286,6 +288,12 @@ impl Config {
     pub const fn look_ahead_budget(&self) -> Option<Bytes> {
         self.look_ahead_budget
     }
+
+    /// How much may be kept created and mapped nowhere; `None` is a sixty-fourth of the budget.
+    #[must_use]
+    pub const fn at_hand(&self) -> Option<Bytes> {
+        self.at_hand
+    }
 }
 
 /// Builds a [`Config`]. Every method replaces one option; [`build`](Self::build) checks them all.
@@ -379,6 +387,14 @@ impl ConfigBuilder {
     /// sixteenth of the budget.
     pub const fn look_ahead_budget(mut self, bytes: Bytes) -> Self {
         self.config.look_ahead_budget = Some(bytes);
+        self
+    }
+
+    /// How much may be kept created and mapped nowhere, ready for the next step. Only sizes of extents that
+    /// steps have lacked before are kept, and none after a trim: a cache that nobody uses holds nothing
+    /// back. Default: a sixty-fourth of the budget. 0 turns it off.
+    pub const fn at_hand(mut self, bytes: Bytes) -> Self {
+        self.config.at_hand = Some(bytes);
         self
     }
 
@@ -489,6 +505,7 @@ mod tests {
         assert_eq!(config.layout(), LayoutChoice { kind: LayoutKind::Sliced, order: KvOrder::Apart });
         assert_eq!((config.background(), config.reclaim()), (Background::Thread, Reclaim::Deferred));
         assert_eq!((config.look_ahead(), config.look_ahead_budget()), (TokenCount::new(64), None));
+        assert_eq!(config.at_hand(), None);
         let spare = config.to_builder().spare_slot(true).build().unwrap();
         assert_eq!((spare.slots(), spare.spare_index()), (1025, Some(1024)));
     }

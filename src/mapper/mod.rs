@@ -36,17 +36,6 @@ pub(crate) enum Turn {
     Idle,
 }
 
-impl Turn {
-    /// Whichever is sooner.
-    pub(crate) fn sooner(self, other: Self) -> Self {
-        match (self, other) {
-            (Self::Again, _) | (_, Self::Again) => Self::Again,
-            (Self::Later(one), Self::Later(other)) => Self::Later(one.min(other)),
-            (later @ Self::Later(_), Self::Idle) | (Self::Idle, later) => later,
-        }
-    }
-}
-
 #[derive(Debug, Default)]
 struct State {
     /// Somebody woke the thread since it last began a turn.

@@ -21,6 +21,7 @@
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod plan;
+mod stock;
 
 pub(crate) use plan::{Need, cover, fewest, mix};
 
@@ -82,6 +83,8 @@ pub(crate) struct Pool {
     held: Granules,
     free: [Vec<Extent>; SizeClass::COUNT],
     free_granules: Granules,
+    /// How many free extents of each class are to be kept at hand.
+    wanted: [u64; SizeClass::COUNT],
     counters: Arc<Counters>,
 }
 
@@ -96,6 +99,7 @@ impl Pool {
             held: Granules::ZERO,
             free: Default::default(),
             free_granules: Granules::ZERO,
+            wanted: [0; SizeClass::COUNT],
             counters,
         }
     }

@@ -1,6 +1,6 @@
 //! The slot table's books, compared with one another and described.
 
-use crate::slot::{SlotTable, State};
+use crate::slot::{Growth, SlotTable, State};
 use crate::tensor::{Piece, Run};
 use crate::units::{Granules, TokenCount, index, wide};
 
@@ -10,6 +10,7 @@ impl SlotTable {
         let (mut frontier, mut backed, mut quarantined) = (Granules::ZERO, Granules::ZERO, Granules::ZERO);
         let mut tokens = TokenCount::ZERO;
         let (mut active, mut parked) = (0, 0);
+        let mut total_ahead = Granules::ZERO;
         for (slot, (record, hot)) in (0..).zip(self.records.iter().zip(&self.hot)) {
             for (run, tensor) in record.runs.iter().zip(self.layout.tensors()) {
                 let listed: Granules = run.pieces().iter().map(Piece::granules).sum();
@@ -30,7 +31,24 @@ impl SlotTable {
             tokens += hot.tokens;
             let spare = record.runs.iter().any(|run| run.spare().is_some());
             let pieces = record.runs.iter().any(|run| !run.pieces().is_empty());
-            if spare != self.by_age.contains(&(record.stamp, slot)) {
+            let ahead: Granules = record.runs.iter().map(Run::ahead).sum();
+            let in_use = matches!(record.state, State::Active | State::Busy);
+            if ahead != record.ahead || (!in_use && !ahead.is_zero()) {
+                return Err(format!(
+                    "slot {slot} is {:?}: {ahead} granules are mapped ahead, {} are counted",
+                    record.state, record.ahead
+                ));
+            }
+            let wanted = [(Growth::Due, &self.due), (Growth::Starved, &self.starved)];
+            if wanted.iter().any(|(growth, list)| (record.growth == *growth) != list.contains(&slot)) {
+                return Err(format!(
+                    "slot {slot}: its growth is {:?}, and the lists say otherwise",
+                    record.growth
+                ));
+            }
+            total_ahead += ahead;
+            let age = spare.then_some((!ahead.is_zero(), record.stamp));
+            if age != record.listed_by_age || age.is_some_and(|age| !self.by_age.contains(&(age, slot))) {
                 return Err(format!(
                     "slot {slot}: spare memory is {spare}, and the order by age says otherwise"
                 ));
@@ -56,8 +74,9 @@ impl SlotTable {
             }
         }
         let listed = wide(self.by_room.len());
-        let totals = (frontier, backed, quarantined, tokens, active, parked);
-        let counted = (self.frontier, self.backed, self.quarantined, self.tokens, self.active, listed);
+        let totals = (frontier, backed, quarantined, total_ahead, tokens, active, parked);
+        let counted =
+            (self.frontier, self.backed, self.quarantined, self.ahead, self.tokens, self.active, listed);
         if totals != counted {
             return Err(format!("the records add up to {totals:?}, the totals say {counted:?}"));
         }

@@ -134,10 +134,15 @@ pub(crate) fn change(
     terms: &Generosity,
     room: &mut Room,
 ) -> Change {
+    let grown = Granules::new(need.saturating_sub(prompt).get() / GROWN_DIVISOR);
+    let growth = power_of_two(terms.growth(need).max(grown).min(room.share(GROWTH_DIVISOR)));
     let (keep, end) = match run.covering(need) {
         Some(pieces) => {
             let over = run.boundary(pieces) - need;
-            let allowed = terms.overshoot(room.short).min(room.share(ROUNDING_DIVISOR));
+            // What growth would take anew may as well be there already.
+            let anew =
+                if prompt.is_zero() { Granules::ZERO } else { growth.saturating_sub(Granules::new(1)) };
+            let allowed = terms.overshoot(room.short).min(room.share(ROUNDING_DIVISOR)).max(anew);
             if pieces <= run.needed() {
                 return Change::Covered { pieces };
             }
@@ -150,8 +155,6 @@ pub(crate) fn change(
         None => (run.pieces().len(), run.end()),
     };
     let missing = need - end;
-    let grown = Granules::new(need.saturating_sub(prompt).get() / GROWN_DIVISOR);
-    let growth = power_of_two(terms.growth(need).max(grown).min(room.share(GROWTH_DIVISOR)));
     let (to, slack) = if !prompt.is_zero() && growth > missing {
         (end + growth, Granules::ZERO)
     } else {

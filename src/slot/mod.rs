@@ -23,15 +23,18 @@
 //!
 //! The table is behind the lock of rank 1.
 
+mod ahead;
 mod audit;
 mod fence;
 pub(crate) mod fit;
 pub(crate) mod growth;
 
-pub(crate) use fence::Fence;
+pub(crate) use ahead::Due;
+pub(crate) use fence::{Fence, add as add_fences};
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
@@ -87,6 +90,9 @@ struct Hot {
     tokens: TokenCount,
     /// Up to so many tokens the slot stays within the extents that it needs already.
     edge: TokenCount,
+    /// From so many tokens on the mapper is told that the slot will need more; all tokens there are if
+    /// it has been, or need not be.
+    wake: TokenCount,
     /// The last step that named the slot.
     step: u64,
 }
@@ -100,13 +106,34 @@ struct Record {
     /// When the memory that holds nobody's tokens was last used, and whether that has a place in the
     /// order by age.
     stamp: u64,
-    listed_by_age: bool,
+    listed_by_age: Option<Age>,
     /// Granules in its runs that the driver would not let go of.
     quarantined: Granules,
     /// What the first step of the request needed, in tokens; zero before it.
     prompt: TokenCount,
     /// The tokens that all runs together back: the key in the order for adoption while parked.
     backed: TokenCount,
+    /// What of its spare memory was mapped ahead for its owner.
+    ahead: Granules,
+    /// How many tokens its owner said it will soon hold.
+    wish: TokenCount,
+    growth: Growth,
+}
+
+/// The place in the order in which memory that holds nobody's tokens is taken: what was mapped ahead for
+/// somebody comes last, otherwise what was used longest ago first.
+type Age = (bool, u64);
+
+/// What the mapper knows of a slot's growth.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Growth {
+    /// The slot has enough, or nobody maps ahead.
+    #[default]
+    Enough,
+    /// It is on the list of those that will soon need more.
+    Due,
+    /// It was, and could not be given any. Looked at again once memory has been given up.
+    Starved,
 }
 
 /// See the [module](self).
@@ -122,13 +149,20 @@ pub(crate) struct SlotTable {
     /// Empty slots, those first in which nothing is quarantined.
     empty: BTreeSet<(bool, u32)>,
     by_room: BTreeSet<(TokenCount, u32)>,
-    by_age: BTreeSet<(u64, u32)>,
+    by_age: BTreeSet<(Age, u32)>,
+    /// Slots whose growth is to be mapped, each once, and those that could not be given any.
+    due: Vec<u32>,
+    starved: Vec<u32>,
+    look_ahead: TokenCount,
+    /// Told that there is something for the mapper to do.
+    alert: Arc<AtomicBool>,
     clock: u64,
     steps: u64,
     tokens: TokenCount,
     frontier: Granules,
     backed: Granules,
     quarantined: Granules,
+    ahead: Granules,
     active: u64,
     /// Fences that nobody needs any more, to be destroyed where no lock is held.
     trash: Vec<Fence>,
@@ -143,6 +177,20 @@ pub(crate) enum Quick {
     Done,
     /// Some slot needs more than it has used so far; nothing is changed.
     Beyond,
+}
+
+/// Whose spare memory may be taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Among {
+    /// Anybody's; whoever takes it waits for its fences.
+    Any,
+    /// That of slots without a fence that has yet to fire, last used by then.
+    Fired {
+        /// On the clock of [`SlotTable::clock`].
+        until: u64,
+        /// What was mapped ahead for somebody, too.
+        ahead: bool,
+    },
 }
 
 /// Where a piece was taken from.
@@ -162,16 +210,22 @@ pub(crate) struct Spare {
     pub(crate) fences: Vec<Fence>,
 }
 
+/// What a table is told of its cache's options.
+#[derive(Debug)]
+pub(crate) struct Options {
+    pub(crate) slack_divisor: u32,
+    /// The slot that is always backed: it is active from the start, and nobody is given it.
+    pub(crate) spare: Option<u32>,
+    /// With how many tokens to go a slot's growth is mapped; zero if it is not mapped ahead.
+    pub(crate) look_ahead: TokenCount,
+    /// Set when there is something for the mapper to do.
+    pub(crate) alert: Arc<AtomicBool>,
+}
+
 impl SlotTable {
-    /// A table of empty slots. `spare` is the index of the slot that is always backed: it is active
-    /// from the start, and nobody is given it.
-    pub(crate) fn new(
-        cache: u32,
-        layout: Arc<Layout>,
-        slack_divisor: u32,
-        spare: Option<u32>,
-        counters: Arc<Counters>,
-    ) -> Self {
+    /// A table of empty slots.
+    pub(crate) fn new(cache: u32, layout: Arc<Layout>, options: Options, counters: Arc<Counters>) -> Self {
+        let Options { slack_divisor, spare, look_ahead, alert } = options;
         let tensors = layout.tensors();
         let most = layout.max_tokens();
         let terms = tensors.iter().map(|tensor| Generosity::of(tensor, most, slack_divisor)).collect();
@@ -182,10 +236,13 @@ impl SlotTable {
             runs: tensors.iter().map(|_| Run::default()).collect(),
             fences: Vec::new(),
             stamp: 0,
-            listed_by_age: false,
+            listed_by_age: None,
             quarantined: Granules::ZERO,
             prompt: TokenCount::ZERO,
             backed: TokenCount::ZERO,
+            ahead: Granules::ZERO,
+            wish: TokenCount::ZERO,
+            growth: Growth::Enough,
         };
         let slots = layout.slots();
         counters.max_slots.set(u64::from(slots) - u64::from(spare.is_some()));
@@ -193,17 +250,22 @@ impl SlotTable {
             cache,
             lead,
             terms,
-            hot: (0..slots).map(|_| Hot::default()).collect(),
+            hot: (0..slots).map(|_| Hot { wake: ahead::NEVER, ..Hot::default() }).collect(),
             records: (0..slots).map(|_| record()).collect(),
             empty: (0..slots).map(|slot| (false, slot)).collect(),
             by_room: BTreeSet::new(),
             by_age: BTreeSet::new(),
+            due: Vec::new(),
+            starved: Vec::new(),
+            look_ahead: look_ahead.min(most),
+            alert,
             clock: 0,
             steps: 0,
             tokens: TokenCount::ZERO,
             frontier: Granules::ZERO,
             backed: Granules::ZERO,
             quarantined: Granules::ZERO,
+            ahead: Granules::ZERO,
             active: 0,
             trash: Vec::new(),
             spare,
@@ -275,6 +337,14 @@ impl SlotTable {
         self.records[index(slot)].prompt
     }
 
+    pub(crate) fn state(&self, slot: u32) -> State {
+        self.records[index(slot)].state
+    }
+
+    pub(crate) fn generation(&self, slot: u32) -> u64 {
+        self.records[index(slot)].generation
+    }
+
     pub(crate) fn fences(&self, slot: u32) -> &[Fence] {
         &self.records[index(slot)].fences
     }
@@ -298,23 +368,30 @@ impl SlotTable {
         }
     }
 
+    /// Refuses more tokens than a slot can hold.
+    fn check_most(&self, entry: &SlotTokens) -> Result<()> {
+        let most = self.layout.max_tokens();
+        if entry.tokens > most {
+            return Err(Error::new(
+                ErrorKind::TooManyTokens,
+                format!(
+                    "slot {} is to hold {} tokens, and a slot holds {most} at most; create the cache with a larger \
+                     max_tokens",
+                    entry.slot.index(),
+                    entry.tokens
+                ),
+            ));
+        }
+        Ok(())
+    }
+
     /// Checks everything about a step that does not depend on memory.
     pub(crate) fn check_step(&mut self, entries: &[SlotTokens]) -> Result<()> {
         self.steps += 1;
         for entry in entries {
             let slot = self.check(entry.slot)?;
-            let most = self.layout.max_tokens();
+            self.check_most(entry)?;
             let hot = &mut self.hot[index(slot)];
-            if entry.tokens > most {
-                return Err(Error::new(
-                    ErrorKind::TooManyTokens,
-                    format!(
-                        "slot {slot} is stepped to {} tokens, and a slot holds {most} at most; create the cache with \
-                         a larger max_tokens",
-                        entry.tokens
-                    ),
-                ));
-            }
             if entry.tokens < hot.tokens {
                 return Err(Error::new(
                     ErrorKind::FewerTokens,
@@ -360,13 +437,17 @@ impl SlotTable {
 
     /// Publishes the tokens of slots that stay within the extents that they need already.
     pub(crate) fn set_tokens_within(&mut self, entries: &[SlotTokens]) {
-        let mut more = 0;
+        let (mut more, mut due) = (0, false);
         for entry in entries {
             let hot = &mut self.hot[index(entry.slot.index())];
             more += entry.tokens.get() - hot.tokens.get();
             hot.tokens = entry.tokens;
+            due |= entry.tokens >= hot.wake;
         }
         self.tokens += TokenCount::new(more);
+        if due {
+            self.note_due(entries);
+        }
         self.count_tokens();
     }
 
@@ -393,6 +474,7 @@ impl SlotTable {
         if record.prompt.is_zero() {
             record.prompt = tokens;
         }
+        self.forgive(slot);
         self.restore_needed(slot);
         self.count_tokens();
     }
@@ -548,28 +630,38 @@ impl SlotTable {
         hot.live = 0;
         for tensor in 0..self.layout.tensors().len() {
             self.set_needed(Place { slot, tensor }, 0);
+            self.records[index(slot)].runs[tensor].forget_ahead();
         }
         self.active -= 1;
         self.renew_age(slot);
         let record = &mut self.records[index(slot)];
         record.state = State::Parked;
+        record.wish = TokenCount::ZERO;
         self.counters.parked_slots.add(1);
         self.by_room.insert((record.backed, slot));
         self.settle(slot);
         self.counters.active_slots.set(self.active);
         self.count_tokens();
+        self.revive();
     }
 
     /// Takes tokens away; what held them is spare from now on.
     pub(crate) fn truncate(&mut self, slot: u32, tokens: TokenCount, fences: Vec<Fence>) {
         self.add_fences(slot, fences);
+        self.records[index(slot)].runs.iter_mut().for_each(Run::forget_ahead);
         self.renew_age(slot);
         self.set_tokens(slot, tokens);
+        self.revive();
+    }
+
+    /// The moment up to which memory may have been used so far, on the clock of [`Among::Fired`].
+    pub(crate) fn clock(&self) -> u64 {
+        self.clock
     }
 
     /// The spare extents of the slots of least use, one at a time.
-    pub(crate) fn pop_oldest(&mut self) -> Option<Spare> {
-        let (_, slot) = *self.by_age.first()?;
+    pub(crate) fn pop_oldest(&mut self, among: Among) -> Option<Spare> {
+        let (_, slot) = *self.by_age.iter().find(|(age, slot)| self.is_among(*age, *slot, among))?;
         // The run that backs the most tokens gives first, so that all stay about equally long.
         let layout = Arc::clone(&self.layout);
         let runs = &self.records[index(slot)].runs;
@@ -580,14 +672,26 @@ impl SlotTable {
     }
 
     /// A spare extent of exactly that class, from a slot of little use.
-    pub(crate) fn pop_matching(&mut self, granules: Granules) -> Option<Spare> {
-        let place = self.by_age.iter().take(MATCHING_SLOTS).find_map(|(_, slot)| {
+    pub(crate) fn pop_matching(&mut self, granules: Granules, among: Among) -> Option<Spare> {
+        let place = self.by_age.iter().take(MATCHING_SLOTS).find_map(|(age, slot)| {
+            if !self.is_among(*age, *slot, among) {
+                return None;
+            }
             let runs = &self.records[index(*slot)].runs;
             let tensor =
                 runs.iter().position(|run| run.spare().is_some_and(|piece| piece.granules() == granules))?;
             Some(Place { slot: *slot, tensor })
         })?;
         self.pop_spare(place)
+    }
+
+    fn is_among(&self, (ahead, stamp): Age, slot: u32, among: Among) -> bool {
+        match among {
+            Among::Any => true,
+            Among::Fired { until, ahead: too } => {
+                (too || !ahead) && stamp <= until && self.records[index(slot)].fences.is_empty()
+            }
+        }
     }
 
     /// Brings everything that follows from a slot's runs and state up to date.
@@ -626,26 +730,29 @@ impl SlotTable {
             self.counters.parked_slots.add(1);
         }
         record.backed = backed;
-        self.list_by_age(slot, spare);
+        self.settle_ahead(slot);
+        let record = &self.records[index(slot)];
+        let age = spare.then_some((!record.ahead.is_zero(), record.stamp));
+        self.list_by_age(slot, age);
         self.count_memory();
     }
 
     /// Puts a slot into the order by age, or takes it out.
-    fn list_by_age(&mut self, slot: u32, listed: bool) {
-        let record = &mut self.records[index(slot)];
-        if std::mem::replace(&mut record.listed_by_age, listed) == listed {
+    fn list_by_age(&mut self, slot: u32, age: Option<Age>) {
+        let before = std::mem::replace(&mut self.records[index(slot)].listed_by_age, age);
+        if before == age {
             return;
         }
-        if listed {
-            self.by_age.insert((record.stamp, slot));
-        } else {
-            self.by_age.remove(&(record.stamp, slot));
+        if let Some(before) = before {
+            self.by_age.remove(&(before, slot));
+        }
+        if let Some(age) = age {
+            self.by_age.insert((age, slot));
         }
     }
 
     /// The memory that a slot does not need was used just now; `settle` lists it anew.
     fn renew_age(&mut self, slot: u32) {
-        self.list_by_age(slot, false);
         self.clock += 1;
         self.records[index(slot)].stamp = self.clock;
     }
@@ -661,6 +768,19 @@ impl SlotTable {
         let is_fired = |fence: &mut Fence| fired.iter().any(|other| other.is(fence));
         self.trash.extend(self.records[index(slot)].fences.extract_if(.., is_fired));
         self.trash.extend(fired);
+    }
+
+    /// The fences of every slot, by slot.
+    pub(crate) fn fences_by_slot(&self) -> Vec<(u32, Vec<Fence>)> {
+        let some = (0..).zip(&self.records).filter(|(_, record)| !record.fences.is_empty());
+        some.map(|(slot, record)| (slot, record.fences.clone())).collect()
+    }
+
+    /// Whether memory that holds nobody's tokens, last used by then, waits for a fence.
+    pub(crate) fn has_fenced(&self, until: u64) -> bool {
+        self.by_age
+            .iter()
+            .any(|((_, stamp), slot)| *stamp <= until && !self.records[index(*slot)].fences.is_empty())
     }
 
     /// Every fence of every slot, and those that nobody needs any more.
@@ -682,6 +802,7 @@ impl SlotTable {
         let granule = self.layout.granule();
         self.counters.mapped.set(granule.to_bytes(self.frontier).get());
         self.counters.parked.set(granule.to_bytes(self.parked()).get());
+        self.counters.ahead.set(granule.to_bytes(self.ahead).get());
         self.counters.quarantined.set(granule.to_bytes(self.quarantined).get());
     }
 }

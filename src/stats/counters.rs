@@ -1,5 +1,6 @@
 //! The atomics.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -63,11 +64,43 @@ struct Call {
     nanoseconds: Tally,
 }
 
+impl Call {
+    fn count(&self, took: Duration, succeeded: bool) {
+        self.calls.bump();
+        self.nanoseconds.add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        if !succeeded {
+            self.failed.bump();
+        }
+    }
+
+    fn stats(&self) -> CallStats {
+        CallStats { calls: self.calls.get(), failed: self.failed.get(), nanoseconds: self.nanoseconds.get() }
+    }
+}
+
+thread_local! {
+    /// Whether this thread works beside the path of requests just now.
+    static BESIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs something whose calls of the driver are not on the path of any request.
+pub fn beside_the_path<T>(run: impl FnOnce() -> T) -> T {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            BESIDE.set(self.0);
+        }
+    }
+    let _restore = Restore(BESIDE.replace(true));
+    run()
+}
+
 /// Everything that is counted, shared by the rooms that count. See [`Snapshot`] for the meanings.
 #[derive(Debug, Default)]
 #[expect(missing_docs, reason = "each field is the field of the same name in the snapshot, documented there")]
 pub struct Counters {
     calls: [Call; Verb::ALL.len()],
+    calls_beside: [Call; Verb::ALL.len()],
     refused_drops: Tally,
     device_lost: AtomicBool,
     failures: [Tally; ErrorKind::ALL.len()],
@@ -76,6 +109,7 @@ pub struct Counters {
     pub needed: Gauge,
     pub mapped: Gauge,
     pub parked: Gauge,
+    pub ahead: Gauge,
     pub free: Gauge,
     pub quarantined: Gauge,
     pub held: Gauge,
@@ -90,16 +124,17 @@ pub struct Counters {
     pub reclaimed: Tally,
     pub resized: Tally,
     pub rolled_back: Tally,
+    pub mapped_ahead: Tally,
+    pub background_failures: Tally,
 }
 
 impl Counters {
     /// Counts a call of the driver.
     pub fn count_call(&self, verb: Verb, took: Duration, succeeded: bool) {
-        let call = &self.calls[position(&Verb::ALL, verb)];
-        call.calls.bump();
-        call.nanoseconds.add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
-        if !succeeded {
-            call.failed.bump();
+        let verb = position(&Verb::ALL, verb);
+        self.calls[verb].count(took, succeeded);
+        if BESIDE.get() {
+            self.calls_beside[verb].count(took, succeeded);
         }
     }
 
@@ -134,6 +169,7 @@ impl Counters {
             needed: Bytes::new(self.needed.get()),
             mapped: Bytes::new(self.mapped.get()),
             parked: Bytes::new(self.parked.get()),
+            ahead: Bytes::new(self.ahead.get()),
             free: Bytes::new(self.free.get()),
             quarantined: Bytes::new(self.quarantined.get()),
             held: Bytes::new(self.held.get()),
@@ -157,18 +193,8 @@ impl Counters {
                     mapped: self.mapped_extents[class.index()].get(),
                 })
                 .collect(),
-            driver: Verb::ALL
-                .iter()
-                .zip(&self.calls)
-                .map(|(verb, call)| {
-                    let stats = CallStats {
-                        calls: call.calls.get(),
-                        failed: call.failed.get(),
-                        nanoseconds: call.nanoseconds.get(),
-                    };
-                    (*verb, stats)
-                })
-                .collect(),
+            driver: by_verb(&self.calls),
+            background: by_verb(&self.calls_beside),
             events: Events {
                 steps: self.steps.get(),
                 acquired: self.acquired.get(),
@@ -177,6 +203,8 @@ impl Counters {
                 reclaimed: self.reclaimed.get(),
                 resized: self.resized.get(),
                 rolled_back: self.rolled_back.get(),
+                mapped_ahead: self.mapped_ahead.get(),
+                background_failures: self.background_failures.get(),
                 refused_drops: self.refused_drops.get(),
             },
             failures: ErrorKind::ALL
@@ -187,6 +215,10 @@ impl Counters {
                 .collect::<BTreeMap<_, _>>(),
         }
     }
+}
+
+fn by_verb(calls: &[Call; Verb::ALL.len()]) -> BTreeMap<Verb, CallStats> {
+    Verb::ALL.iter().zip(calls).map(|(verb, call)| (*verb, call.stats())).collect()
 }
 
 /// Where `item` stands in the list of all of its type.
@@ -202,12 +234,13 @@ mod tests {
     fn a_snapshot_has_what_was_counted() {
         let counters = Counters::default();
         counters.count_call(Verb::Map, Duration::from_nanos(5), true);
-        counters.count_call(Verb::Map, Duration::from_nanos(6), false);
+        beside_the_path(|| counters.count_call(Verb::Map, Duration::from_nanos(6), false));
         counters.count_failure(ErrorKind::OutOfBudget);
         counters.held.add(10);
         counters.held.sub(4);
         let snapshot = counters.snapshot();
         assert_eq!(snapshot.driver[&Verb::Map], CallStats { calls: 2, failed: 1, nanoseconds: 11 });
+        assert_eq!(snapshot.background[&Verb::Map], CallStats { calls: 1, failed: 1, nanoseconds: 6 });
         assert_eq!(snapshot.driver[&Verb::Create].calls, 0);
         assert_eq!(snapshot.failures, BTreeMap::from([(ErrorKind::OutOfBudget, 1)]));
         assert_eq!(snapshot.bytes.held, Bytes::new(6));

@@ -12,5 +12,5 @@
 mod counters;
 mod snapshot;
 
-pub use counters::{Counters, Gauge, Tally};
+pub use counters::{Counters, Gauge, Tally, beside_the_path};
 pub use snapshot::{ByteCounts, CallStats, ClassStats, Events, SlotCounts, Snapshot};

@@ -19,6 +19,8 @@ pub struct Snapshot {
     pub extents: Vec<ClassStats>,
     /// Calls of the driver by verb.
     pub driver: BTreeMap<Verb, CallStats>,
+    /// Those of them that were made beside the path of requests: by the mapper, or in `tend`.
+    pub background: BTreeMap<Verb, CallStats>,
     /// What has happened so far.
     pub events: Events,
     /// Errors that callers were given, by kind; a kind that never occurred is left out.
@@ -45,6 +47,9 @@ pub struct ByteCounts {
     /// Extents that are mapped and hold nobody's tokens: all of a retired slot's, and what lies
     /// beyond the tokens of a slot in use.
     pub parked: Bytes,
+    /// What of `parked` was mapped ahead for slots in use. It is `parked` all the same: whoever needs it
+    /// may take it.
+    pub ahead: Bytes,
     /// Extents that are created and mapped nowhere.
     pub free: Bytes,
     /// Extents that the driver would not let go of after a failure.
@@ -108,6 +113,10 @@ pub struct Events {
     pub resized: u64,
     /// Operations that failed on the way and were undone.
     pub rolled_back: u64,
+    /// Extents that were mapped before a step needed them.
+    pub mapped_ahead: u64,
+    /// Work in the background that a call of the driver put an end to.
+    pub background_failures: u64,
     /// What could not be given back when it was dropped.
     pub refused_drops: u64,
 }

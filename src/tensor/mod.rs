@@ -109,6 +109,8 @@ pub(crate) struct Run {
     pieces: Vec<Piece>,
     /// How many pieces, from the start, hold a byte of the owner's tokens.
     needed: usize,
+    /// How many pieces, at the end, were mapped ahead for the present owner.
+    ahead: usize,
     quarantined: Vec<Piece>,
 }
 
@@ -151,6 +153,22 @@ impl Run {
     pub(crate) fn set_needed(&mut self, pieces: usize) {
         debug_assert!(pieces <= self.pieces.len(), "only what is there is needed");
         self.needed = pieces;
+        self.ahead = self.ahead.min(self.pieces.len() - pieces);
+    }
+
+    /// Granules that were mapped ahead for the present owner, and that he has not come to need.
+    pub(crate) fn ahead(&self) -> Granules {
+        self.end() - self.boundary(self.pieces.len() - self.ahead)
+    }
+
+    /// The last so many pieces more were mapped ahead for the present owner.
+    pub(crate) fn add_ahead(&mut self, pieces: usize) {
+        self.ahead = (self.ahead + pieces).min(self.pieces.len() - self.needed);
+    }
+
+    /// The run has another owner, or none.
+    pub(crate) fn forget_ahead(&mut self) {
+        self.ahead = 0;
     }
 
     /// The last piece, if it holds nobody's tokens.
@@ -160,7 +178,11 @@ impl Run {
 
     /// Takes the last piece out, if it holds nobody's tokens.
     pub(crate) fn pop_spare(&mut self) -> Option<Piece> {
-        if self.pieces.len() > self.needed { self.pieces.pop() } else { None }
+        if self.pieces.len() == self.needed {
+            return None;
+        }
+        self.ahead = self.ahead.saturating_sub(1);
+        self.pieces.pop()
     }
 
     /// Adds a piece that was mapped, or one that was taken out and could not be unmapped, where the
