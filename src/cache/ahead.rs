@@ -91,8 +91,13 @@ impl Core {
             work,
             |table| {
                 for (place, pieces) in &places {
+                    let end = table.run(*place).end();
                     table.note_ahead(*place, generation(*place), *pieces);
                     table.settle(place.slot);
+                    // What steps would not use as it is must not be mapped over and over.
+                    if table.usable_end(*place, end) < end {
+                        table.starve(place.slot);
+                    }
                 }
             },
             |table| {

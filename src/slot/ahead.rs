@@ -46,7 +46,7 @@ impl SlotTable {
         let target = record.wish.max(if tokens.is_zero() { tokens } else { tokens + self.look_ahead });
         Due {
             slot,
-            left: self.memory_up_to(slot).saturating_sub(tokens),
+            left: self.memory_left(slot),
             target: target.min(self.layout.max_tokens()),
             wished: tokens.is_zero() || tokens + self.look_ahead < record.wish,
         }
@@ -179,6 +179,11 @@ impl SlotTable {
         }
     }
 
+    /// Tokens that a slot can still grow by with what it has.
+    pub(crate) fn memory_left(&self, slot: u32) -> TokenCount {
+        self.memory_up_to(slot).saturating_sub(self.tokens(slot))
+    }
+
     /// The tokens up to which a slot has memory that a step would use: exact up to where the mapper would
     /// be told of it.
     fn memory_up_to(&self, slot: u32) -> TokenCount {
@@ -196,10 +201,11 @@ impl SlotTable {
     /// Where the pieces of a run end that steps would use one after the other: looked at up to `enough`.
     pub(crate) fn usable_end(&self, place: Place, enough: Granules) -> Granules {
         let run = self.run(place);
-        let most = self.terms[place.tensor].overshoot(false) + Granules::new(1);
+        let (terms, shape) = (&self.terms[place.tensor], &self.layout.tensors()[place.tensor]);
+        let prompt = shape.granules(self.layout.round_to_tile(self.prompt(place.slot)));
         let mut end = run.frontier();
         for piece in &run.pieces()[run.needed()..] {
-            if end > enough || piece.granules() > most {
+            if end > enough || piece.granules() > terms.largest(end, prompt) {
                 break;
             }
             end = piece.end();

@@ -66,6 +66,18 @@ impl Generosity {
         if short { self.tight_slack } else { self.slack.max(Granules::new(need.get() / self.divisor)) }
     }
 
+    /// The largest extent that a run of `held` granules, `prompt` of them its prompt's, uses as it is while
+    /// there is room: what an earlier owner may leave, or growth would take.
+    pub(crate) fn largest(&self, held: Granules, prompt: Granules) -> Granules {
+        (self.overshoot + Granules::new(1)).max(self.grown(held, prompt))
+    }
+
+    /// The extent that a run asks for when it grows: at least a share of what it has grown.
+    fn grown(&self, held: Granules, prompt: Granules) -> Granules {
+        let grown = Granules::new(held.saturating_sub(prompt).get() / GROWN_DIVISOR);
+        power_of_two(self.growth(held).max(grown))
+    }
+
     /// How far an extent that is there already may reach beyond the need.
     pub(crate) fn overshoot(&self, short: bool) -> Granules {
         if short { self.tight_overshoot } else { self.overshoot }
@@ -134,8 +146,7 @@ pub(crate) fn change(
     terms: &Generosity,
     room: &mut Room,
 ) -> Change {
-    let grown = Granules::new(need.saturating_sub(prompt).get() / GROWN_DIVISOR);
-    let growth = power_of_two(terms.growth(need).max(grown).min(room.share(GROWTH_DIVISOR)));
+    let growth = power_of_two(terms.grown(need, prompt).min(room.share(GROWTH_DIVISOR)));
     let (keep, end) = match run.covering(need) {
         Some(pieces) => {
             let over = run.boundary(pieces) - need;
