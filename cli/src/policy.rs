@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use vattn::cache::{Fence, KvCache, SlotTokens};
+use vattn::geometry::Background;
 use vattn::units::{SlotId, TokenCount};
 use vattn::{Error, ErrorKind, Result};
 use vattn_baselines::{Mapping, Paged, Policy, RequestId, StaticSlots, Usage, Vattention};
@@ -34,7 +35,7 @@ impl PolicyKind {
         Ok(match self {
             Self::Vattn => Box::new(Vattn::new(KvCache::new(plan.config.clone(), bench.driver())?)),
             Self::Vattention => Box::new(Vattention::new(driver, shape, Mapping::Synchronous)?),
-            Self::VattentionAhead => Box::new(Vattention::new(driver, shape, Mapping::Ahead)?),
+            Self::VattentionAhead => Box::new(Vattention::new(driver, shape, Mapping::Tended)?),
             Self::Paged => Box::new(Paged::new(driver, shape)?),
             Self::Static => Box::new(StaticSlots::new(driver, shape)?),
         })
@@ -116,6 +117,14 @@ impl Policy for Vattn {
         // Nothing runs on a device in a replay, so nothing has to be waited for.
         self.cache.retire(self.slot(request)?, &[Fence::Idle])?;
         self.slots[request.index()] = None;
+        Ok(())
+    }
+
+    fn tend(&mut self) -> Result<()> {
+        if self.cache.config().background() == Background::Caller {
+            // What is left for later is left for the next iteration.
+            self.cache.tend()?;
+        }
         Ok(())
     }
 
