@@ -56,7 +56,8 @@ impl Core {
 
     /// Maps a few of the extents that slots will soon need.
     pub(super) fn grow(&self, pace: &mut Pace) -> Came {
-        match self.table.lock().is_hungry() {
+        let hungry = self.table.lock().is_hungry();
+        match hungry {
             (false, false) => return Came::ToNothing,
             (false, true) => {
                 return if self.table.lock().has_fenced(u64::MAX) { Came::Fenced } else { Came::ToNothing };
