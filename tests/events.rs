@@ -45,7 +45,10 @@ fn an_operator_is_told() {
         let options = LedgerOptions { granule: Bytes::new(4096), capacity: Bytes::mib(4), addresses: None };
         let driver = Checked::new(Ledger::new(options).unwrap(), CheckedOptions::TEST);
         let geometry = Geometry::uniform(2, 2, 64, Dtype::BF16).unwrap();
-        let config = Config::builder(geometry).max_slots(4).max_tokens(TokenCount::new(1000)).background(Background::Off);
+        let config = Config::builder(geometry)
+            .max_slots(4)
+            .max_tokens(TokenCount::new(1000))
+            .background(Background::Off);
         let cache = KvCache::new(config.budget(Bytes::mib(1)).build().unwrap(), driver.clone()).unwrap();
         let told = log.take();
         assert!(

@@ -9,6 +9,9 @@ use clap::ValueEnum;
 use vattn::geometry::{self, ConfigBuilder};
 use vattn::units::TokenCount;
 
+/// What the cache itself looks ahead where nobody says.
+const LOOK_AHEAD: u64 = 64;
+
 /// Who does what no request has to wait for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum Background {
@@ -36,7 +39,7 @@ pub(crate) struct Mapper {
     background: Background,
     /// With how many tokens to go vattn maps what a request will grow into; 0 maps nothing ahead,
     /// and so does --background off
-    #[arg(long, default_value_t = 64, value_name = "TOKENS")]
+    #[arg(long, default_value_t = LOOK_AHEAD, value_name = "TOKENS")]
     look_ahead: u64,
     /// When vattn unmaps the memory that requests gave up
     #[arg(long, value_enum, default_value_t = Reclaim::Deferred)]
@@ -72,6 +75,28 @@ impl fmt::Display for Mapper {
     }
 }
 
+impl Default for Mapper {
+    fn default() -> Self {
+        Self { background: Background::Caller, look_ahead: LOOK_AHEAD, reclaim: Reclaim::Deferred }
+    }
+}
+
 #[cfg(test)]
-pub(crate) const OFF: Mapper =
-    Mapper { background: Background::Off, look_ahead: 0, reclaim: Reclaim::Deferred };
+mod tests {
+    use vattn::geometry::{Config, Geometry};
+
+    use super::*;
+
+    #[test]
+    fn where_nothing_is_said_the_caches_own_defaults_hold_but_for_the_thread() {
+        let builder = || Config::builder(Geometry::preset("llama-3-8b").unwrap());
+        let own = builder().background(geometry::Background::Caller).build().unwrap();
+        assert_eq!(Mapper::default().of(builder()).build().unwrap(), own);
+        let off = Mapper { background: Background::Off, look_ahead: 7, reclaim: Reclaim::Eager };
+        let config = off.of(builder()).build().unwrap();
+        assert_eq!(
+            (config.background(), config.look_ahead(), config.reclaim()),
+            (geometry::Background::Off, TokenCount::new(7), geometry::Reclaim::Eager)
+        );
+    }
+}

@@ -107,7 +107,6 @@ pub(crate) fn geometry(model: &str, ranks: u32) -> Result<(String, Geometry)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mapper;
 
     fn wanted(layout: &str) -> Wanted<'_> {
         Wanted {
@@ -119,7 +118,7 @@ mod tests {
             tile_tokens: 1,
             budget: Bytes::gib(1),
             granule: Bytes::mib(2),
-            mapper: mapper::OFF,
+            mapper: Mapper::default(),
         }
     }
 

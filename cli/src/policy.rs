@@ -141,3 +141,48 @@ impl Policy for Vattn {
         self.cache.snapshot().events.reclaimed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vattn::error::Verb;
+    use vattn::units::Bytes;
+
+    use super::*;
+    use crate::mapper::Mapper;
+    use crate::model::{self, Wanted};
+    use crate::place::Place;
+    use crate::server::{Settings, serve};
+    use crate::trace::Request;
+
+    #[test]
+    fn what_is_off_the_path_is_what_the_cache_counts_in_the_background() {
+        let (granule, budget) = (Bytes::mib(2), Bytes::gib(1));
+        let plan = model::plan(&Wanted {
+            model: "llama-3-8b",
+            tensor_parallel: 1,
+            layout: "sliced",
+            max_slots: 16,
+            max_tokens: TokenCount::new(4096),
+            tile_tokens: 1,
+            budget,
+            granule,
+            mapper: Mapper::default(),
+        });
+        let bench = Bench::open(&Place::Ledger, granule, budget).unwrap();
+        let mut policy = Vattn::new(KvCache::new(plan.unwrap().config, bench.driver()).unwrap());
+        let settings = Settings { step: 25_000_000, prefill_tokens: 8192, max_tokens: 4096 };
+        let requests: Vec<_> = (0..40)
+            .map(|number| Request { arrival: number, prompt: 100 * (1 + number % 7), output: 300 })
+            .collect();
+        let clock = || bench.spent();
+        let outcome = serve(&mut policy, &requests, settings, &clock, &mut |_| {}, None).unwrap();
+        let background = policy.cache.snapshot().background;
+        let counted = |verb| background.get(&verb).map_or(0, |calls| calls.calls);
+        let seen = outcome.split.calls_off_path;
+        assert_eq!(
+            [seen.create, seen.map, seen.unmap, seen.release],
+            [Verb::Create, Verb::Map, Verb::Unmap, Verb::Release].map(counted)
+        );
+        assert!(seen.map > 0 && seen.map < bench.spent().calls.map, "{seen:?}");
+    }
+}

@@ -156,7 +156,7 @@ fn driver_time_is_told_by_who_waits_for_it() {
             "paged" | "static" => assert!(on <= 0.0 && off <= 0.0 && beside == 0, "{report}"),
             "vattention" => assert!(on > 0.0 && longest > 0.0 && off <= 0.0 && beside == 0, "{report}"),
             "vattention-ahead" => assert!(on > 0.0 && off > 0.0 && beside > 0, "{report}"),
-            _ => assert!(on > 0.0 && longest > 0.0, "{report}"),
+            _ => assert!(on > 0.0 && longest > 0.0 && off > 0.0 && beside > 0, "{report}"),
         }
     }
 }
