@@ -64,7 +64,8 @@ pub struct Usage {
 ///
 /// **Time.** [`step`](Self::step) is called once an iteration with every decoding request, so its
 /// cost where nothing has to be mapped is what the policy costs in steady state;
-/// [`usage`](Self::usage) is called as often and walks nothing.
+/// [`usage`](Self::usage) is called as often and walks nothing. [`tend`](Self::tend) comes after the
+/// step, while the model runs, so nobody waits for what it does in time.
 ///
 /// **The end.** Dropping a policy gives everything back to the driver, whoever is still admitted.
 pub trait Policy: fmt::Debug {
@@ -98,6 +99,16 @@ pub trait Policy: fmt::Debug {
     /// The driver's; [`InvalidArgument`](vattn::ErrorKind::InvalidArgument) for a request that is
     /// not admitted.
     fn retire(&mut self, request: RequestId) -> Result<()>;
+
+    /// What the policy does beside the path of requests: once an iteration, after the step and before
+    /// anybody retires, while the model runs. What takes longer than that delays the next call. By
+    /// default there is nothing to do.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn tend(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// How much memory is used now. Walks nothing.
     fn usage(&self) -> Usage;

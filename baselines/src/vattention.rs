@@ -11,7 +11,8 @@
 //! - When the pool has too few pages, slots are walked from the highest index down, and what each
 //!   has beyond its own length is unmapped until there are enough.
 //! - The original starts a thread at each step, which maps ahead for the next tokens while the
-//!   model runs: [`Mapping::Ahead`] does so. [`Mapping::Synchronous`] maps when a token needs it.
+//!   model runs: [`Mapping::Ahead`] does so, and [`Mapping::Tended`] where time is simulated.
+//!   [`Mapping::Synchronous`] maps when a token needs it.
 //!
 //! Kinder to the original than the original is: a step here looks at the slots it names, not at
 //! every slot there is; memory that does not suffice is an answer, where the original ends the
@@ -28,6 +29,7 @@
 //! why reclaiming always finds enough.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 
 use vattn::driver::owned::{self, DriverHandle, PhysicalMemory, Reservation};
@@ -56,6 +58,9 @@ pub enum Mapping {
     Synchronous,
     /// Also by a thread that each step starts and the next call joins.
     Ahead,
+    /// Likewise, but the thread does its work in [`Policy::tend`]. For a simulated server, whose model
+    /// takes no time to run: so the thread's calls can be told from the step's.
+    Tended,
 }
 
 /// The policy. See the module.
@@ -89,9 +94,17 @@ enum Home {
     /// With the policy.
     Here(Box<Pages>),
     /// With the thread; it brings them back, and what went wrong.
-    Away(JoinHandle<(Box<Pages>, Result<()>)>),
+    Away(Helper),
     /// Between the two, or lost to a thread that panicked.
     Gone,
+}
+
+/// The thread that maps ahead.
+#[derive(Debug)]
+struct Helper {
+    thread: JoinHandle<(Box<Pages>, Result<()>)>,
+    /// It waits with its work until this is dropped.
+    held: Option<Sender<()>>,
 }
 
 #[derive(Debug)]
@@ -224,9 +237,10 @@ impl Vattention {
     /// The pages, once the thread that mapped ahead is done.
     fn pages(&mut self) -> Result<&mut Pages> {
         if !matches!(self.pages, Home::Here(_)) {
-            let Home::Away(thread) = std::mem::replace(&mut self.pages, Home::Gone) else {
+            let Home::Away(Helper { thread, held }) = std::mem::replace(&mut self.pages, Home::Gone) else {
                 return Err(Error::new(ErrorKind::Unhealthy, "the thread that mapped ahead has panicked"));
             };
+            drop(held);
             let Ok((pages, result)) = thread.join() else {
                 return Err(Error::new(ErrorKind::Internal, "the thread that maps ahead panicked"));
             };
@@ -253,14 +267,18 @@ impl Vattention {
             return Err(Error::new(ErrorKind::Internal, "a step ended without its pages"));
         };
         (self.reclaimed, self.free) = (pages.reclaimed, pages.free);
+        let (hold, held) = channel();
         let work = move || {
+            // Nothing is ever sent: the other end goes.
+            let _ = held.recv();
             let required = |tokens: TokenCount| granule.covering(row * shape.tiled(tokens).get()).get();
             let result = pages.map_ahead(shape.max_tokens(), required);
             (pages, result)
         };
         match std::thread::Builder::new().name("map ahead".into()).spawn(work) {
             Ok(thread) => {
-                self.pages = Home::Away(thread);
+                let held = (self.mapping == Mapping::Tended).then_some(hold);
+                self.pages = Home::Away(Helper { thread, held });
                 Ok(())
             }
             Err(error) => Err(Error::new(
@@ -384,7 +402,7 @@ impl Policy for Vattention {
     fn name(&self) -> &'static str {
         match self.mapping {
             Mapping::Synchronous => "vattention",
-            Mapping::Ahead => "vattention-ahead",
+            Mapping::Ahead | Mapping::Tended => "vattention-ahead",
         }
     }
 
@@ -481,7 +499,7 @@ impl Policy for Vattention {
         }
         pages.required = required;
         self.pages = Home::Here(pages);
-        if self.mapping == Mapping::Ahead {
+        if self.mapping != Mapping::Synchronous {
             self.map_ahead()?;
         }
         Ok(true)
@@ -498,6 +516,13 @@ impl Policy for Vattention {
         self.seats[request.index()] = None;
         self.tokens -= tokens;
         self.filled -= self.required(tokens);
+        Ok(())
+    }
+
+    fn tend(&mut self) -> Result<()> {
+        if self.mapping == Mapping::Tended {
+            self.pages()?;
+        }
         Ok(())
     }
 
@@ -651,6 +676,22 @@ mod tests {
         assert!(policy.step(&[(a, tokens(33))]).unwrap());
         assert_eq!(policy.usage().mapped, Bytes::mib(8), "what is ahead counts as parked");
         policy.retire(a).unwrap();
+        drop(policy);
+        assert!(is_empty(&books));
+    }
+
+    #[test]
+    fn a_thread_that_is_tended_makes_no_call_before() {
+        let (mut policy, books) = policy(10, Mapping::Tended);
+        let [a] = ids();
+        assert!(policy.admit(a, tokens(31)).unwrap());
+        assert!(policy.step(&[(a, tokens(32))]).unwrap());
+        assert_eq!(calls(&books, Verb::Map), 2, "it waits, however long");
+        policy.tend().unwrap();
+        assert_eq!(calls(&books, Verb::Map), 4, "and is done when it was tended");
+        assert!(policy.step(&[(a, tokens(64))]).unwrap());
+        assert!(policy.step(&[(a, tokens(64))]).unwrap());
+        assert_eq!(calls(&books, Verb::Map), 6, "a step that comes first has it work too");
         drop(policy);
         assert!(is_empty(&books));
     }

@@ -3,6 +3,7 @@
 //! Each policy gets a driver of its own, so that counts and leaks are its own too.
 
 use serde::Serialize;
+use std::ops::{Add, Sub};
 use std::sync::Arc;
 use std::time::Duration;
 use vattn::driver::owned::DriverHandle;
@@ -38,6 +39,45 @@ impl DriverCalls {
     pub(crate) fn counts(self) -> [u64; VERBS] {
         [self.reserve, self.create, self.map, self.set_access, self.unmap, self.release]
     }
+
+    fn each(self, other: Self, of: fn(u64, u64) -> u64) -> Self {
+        let (ours, others) = (self.counts(), other.counts());
+        let [reserve, create, map, set_access, unmap, release] =
+            std::array::from_fn(|verb| of(ours[verb], others[verb]));
+        Self { reserve, create, map, set_access, unmap, release }
+    }
+}
+
+impl Add for DriverCalls {
+    type Output = Self;
+
+    fn add(self, more: Self) -> Self {
+        self.each(more, |count, more| count + more)
+    }
+}
+
+impl Sub for DriverCalls {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        self.each(earlier, |count, earlier| count - earlier)
+    }
+}
+
+/// What a driver's calls came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Spent {
+    pub(crate) calls: DriverCalls,
+    /// At the costs that were measured on an H200.
+    pub(crate) modelled: Duration,
+}
+
+impl Sub for Spent {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self { calls: self.calls - earlier.calls, modelled: self.modelled - earlier.modelled }
+    }
 }
 
 /// What the driver still has on its books.
@@ -49,11 +89,9 @@ pub(crate) struct Leaked {
 }
 
 /// What a driver counted.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Books {
-    pub(crate) calls: DriverCalls,
-    /// The calls at the costs that were measured on an H200.
-    pub(crate) modelled_seconds: f64,
+    pub(crate) spent: Spent,
     pub(crate) live: Leaked,
 }
 
@@ -95,30 +133,25 @@ impl Bench {
         (self.checked.calls().of(verb), self.checked.modelled_of(verb))
     }
 
-    /// The calls so far.
-    pub(crate) fn calls(&self) -> DriverCalls {
+    /// The calls so far, and what they cost.
+    pub(crate) fn spent(&self) -> Spent {
         let calls = self.checked.calls();
-        DriverCalls {
+        let calls = DriverCalls {
             reserve: calls.of(Verb::Reserve),
             create: calls.of(Verb::Create),
             map: calls.of(Verb::Map),
             set_access: calls.of(Verb::SetAccess),
             unmap: calls.of(Verb::Unmap),
             release: calls.of(Verb::Release),
-        }
-    }
-
-    /// The calls so far at the costs that were measured on an H200.
-    pub(crate) fn modelled(&self) -> Duration {
-        self.checked.modelled()
+        };
+        Spent { calls, modelled: self.checked.modelled() }
     }
 
     /// What was counted so far, and what is alive now.
     pub(crate) fn books(&self) -> Books {
         let live = self.checked.live();
         Books {
-            calls: self.calls(),
-            modelled_seconds: self.modelled().as_secs_f64(),
+            spent: self.spent(),
             live: Leaked { extents: live.handles, mappings: live.mappings, reservations: live.reservations },
         }
     }

@@ -11,8 +11,10 @@
 //! | [`server`] | what a server does with them, iteration by iteration |
 //! | [`model`] | which tensors the model's cache has |
 //! | [`policy`] | who manages their memory |
+//! | [`mapper`] | what this project's cache does beside the path of requests |
 //! | [`place`] | which device, by name or by what there is |
 //! | [`device`] | which driver is called, and what it counted |
+//! | [`meter`] | what of that requests wait for |
 //! | [`series`] | what was seen over time |
 //! | [`report`] | what is shown |
 //! | [`html`] | what is shown as a page |
@@ -20,6 +22,8 @@
 
 mod device;
 mod html;
+mod mapper;
+mod meter;
 mod model;
 mod num;
 mod place;

@@ -8,6 +8,7 @@ use vattn::units::{Bytes, Device, GranuleSize, TokenCount};
 use vattn::{Error, ErrorKind, Result};
 use vattn_baselines::{Shape, TensorShape};
 
+use crate::mapper::Mapper;
 use crate::num::wide;
 
 /// What was asked for.
@@ -22,6 +23,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) tile_tokens: u32,
     pub(crate) budget: Bytes,
     pub(crate) granule: Bytes,
+    pub(crate) mapper: Mapper,
 }
 
 /// The model's cache.
@@ -39,7 +41,9 @@ pub(crate) struct Plan {
 pub(crate) fn plan(wanted: &Wanted<'_>) -> Result<Plan> {
     let (model, geometry) = geometry(wanted.model, wanted.tensor_parallel)?;
     let layout: LayoutChoice = wanted.layout.parse()?;
-    let config = Config::builder(geometry)
+    let config = wanted
+        .mapper
+        .of(Config::builder(geometry))
         .layout(layout)
         .max_slots(wanted.max_slots)
         .max_tokens(wanted.max_tokens)
@@ -114,6 +118,7 @@ mod tests {
             tile_tokens: 1,
             budget: Bytes::gib(1),
             granule: Bytes::mib(2),
+            mapper: Mapper::default(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use vattn::cache::{Fence, KvCache, SlotTokens};
+use vattn::geometry::Background;
 use vattn::units::{SlotId, TokenCount};
 use vattn::{Error, ErrorKind, Result};
 use vattn_baselines::{Mapping, Paged, Policy, RequestId, StaticSlots, Usage, Vattention};
@@ -34,7 +35,7 @@ impl PolicyKind {
         Ok(match self {
             Self::Vattn => Box::new(Vattn::new(KvCache::new(plan.config.clone(), bench.driver())?)),
             Self::Vattention => Box::new(Vattention::new(driver, shape, Mapping::Synchronous)?),
-            Self::VattentionAhead => Box::new(Vattention::new(driver, shape, Mapping::Ahead)?),
+            Self::VattentionAhead => Box::new(Vattention::new(driver, shape, Mapping::Tended)?),
             Self::Paged => Box::new(Paged::new(driver, shape)?),
             Self::Static => Box::new(StaticSlots::new(driver, shape)?),
         })
@@ -119,6 +120,14 @@ impl Policy for Vattn {
         Ok(())
     }
 
+    fn tend(&mut self) -> Result<()> {
+        if self.cache.config().background() == Background::Caller {
+            // What is left for later is left for the next iteration.
+            self.cache.tend()?;
+        }
+        Ok(())
+    }
+
     fn usage(&self) -> Usage {
         let bytes = self.cache.bytes();
         Usage { needed: bytes.needed, mapped: bytes.mapped, parked: Some(bytes.parked), held: bytes.held }
@@ -130,5 +139,50 @@ impl Policy for Vattn {
 
     fn reclaimed(&self) -> u64 {
         self.cache.snapshot().events.reclaimed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vattn::error::Verb;
+    use vattn::units::Bytes;
+
+    use super::*;
+    use crate::mapper::Mapper;
+    use crate::model::{self, Wanted};
+    use crate::place::Place;
+    use crate::server::{Settings, serve};
+    use crate::trace::Request;
+
+    #[test]
+    fn what_is_off_the_path_is_what_the_cache_counts_in_the_background() {
+        let (granule, budget) = (Bytes::mib(2), Bytes::gib(1));
+        let plan = model::plan(&Wanted {
+            model: "llama-3-8b",
+            tensor_parallel: 1,
+            layout: "sliced",
+            max_slots: 16,
+            max_tokens: TokenCount::new(4096),
+            tile_tokens: 1,
+            budget,
+            granule,
+            mapper: Mapper::default(),
+        });
+        let bench = Bench::open(&Place::Ledger, granule, budget).unwrap();
+        let mut policy = Vattn::new(KvCache::new(plan.unwrap().config, bench.driver()).unwrap());
+        let settings = Settings { step: 25_000_000, prefill_tokens: 8192, max_tokens: 4096 };
+        let requests: Vec<_> = (0..40)
+            .map(|number| Request { arrival: number, prompt: 100 * (1 + number % 7), output: 300 })
+            .collect();
+        let clock = || bench.spent();
+        let outcome = serve(&mut policy, &requests, settings, &clock, &mut |_| {}, None).unwrap();
+        let background = policy.cache.snapshot().background;
+        let counted = |verb| background.get(&verb).map_or(0, |calls| calls.calls);
+        let seen = outcome.split.calls_off_path;
+        assert_eq!(
+            [seen.create, seen.map, seen.unmap, seen.release],
+            [Verb::Create, Verb::Map, Verb::Unmap, Verb::Release].map(counted)
+        );
+        assert!(seen.map > 0 && seen.map < bench.spent().calls.map, "{seen:?}");
     }
 }

@@ -11,6 +11,7 @@ use vattn::units::{Bytes, TokenCount};
 use crate::Failure;
 use crate::device::Bench;
 use crate::html::{self, Head, PageFile, Run};
+use crate::mapper::Mapper;
 use crate::model::{self, Plan, Wanted};
 use crate::num::{float, whole, wide};
 use crate::place::{self, DeviceKind, Place};
@@ -34,7 +35,9 @@ const MODEL_OF_THE_SERVER: &str = "The server: an iteration lasts --step-ms. In 
     queued in order; the head of the queue is admitted while a slot is free and its whole prompt fits; the \
     earliest admitted request that is not done with its prefill advances it by one (a prefill takes \
     ceil(prompt / --prefill-tokens) iterations); every request that was past its prefill gains a token; one \
-    that has all its tokens is retired. When growth does not fit, the latest admitted is preempted and queued \
+    that has all its tokens is retired. While the model runs, after the step, a policy does what it does \
+    beside the path of requests (--background); what of that takes longer than an iteration, the next call \
+    waits for. When growth does not fit, the latest admitted is preempted and queued \
     again at the head, its tokens so far being its prompt. With nobody there, time jumps to the next arrival. \
     A request whose final length exceeds --max-tokens, or needs more than the budget, is rejected.";
 
@@ -100,6 +103,8 @@ pub(crate) struct Args {
     /// latency and driver calls over time
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    #[command(flatten)]
+    mapper: Mapper,
     /// How long an iteration of the server lasts, in milliseconds
     #[arg(long, default_value = "25", value_name = "MS", value_parser = step_length)]
     step_ms: u64,
@@ -158,6 +163,7 @@ pub(crate) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
         tile_tokens: args.tile_tokens,
         budget,
         granule,
+        mapper: args.mapper,
     })?;
     let on = Setup { args, place, granule, plan, trace };
     let page = args.html.as_deref().map(open_page).transpose()?;
@@ -223,6 +229,9 @@ impl Setup<'_> {
         if args.tile_tokens > 1 {
             facts.push(("tile", format!("{} tokens", args.tile_tokens)));
         }
+        if args.policies().contains(&PolicyKind::Vattn) {
+            facts.push(("vattn's background", args.mapper.to_string()));
+        }
         Head {
             trace: trace.name.clone(),
             requests: wide(trace.requests.len()),
@@ -245,13 +254,12 @@ impl Setup<'_> {
         let bar = progress(policy.name(), wide(trace.requests.len()));
         let settings =
             Settings { step: args.step_ms, prefill_tokens: args.prefill_tokens, max_tokens: args.max_tokens };
-        let mut series = watched.then(|| Series::new(args.step_ms, bench.calls(), bench.modelled()));
-        let mut record = series
-            .as_mut()
-            .map(|series| |sample: &Sample| series.record(sample, bench.calls(), bench.modelled()));
+        let mut series = watched.then(|| Series::new(args.step_ms, bench.spent()));
+        let clock = || bench.spent();
+        let mut record = series.as_mut().map(|series| |sample: &Sample| series.record(sample, bench.spent()));
         let watch = record.as_mut().map(|record| -> Watch<'_> { record });
-        let served =
-            serve(policy.as_mut(), &trace.requests, settings, &mut |done| bar.set_position(done), watch);
+        let mut progress = |done| bar.set_position(done);
+        let served = serve(policy.as_mut(), &trace.requests, settings, &clock, &mut progress, watch);
         bar.finish_and_clear();
         let mut outcome = served?;
         let (name, adopted, reclaimed) = (policy.name(), policy.adopted(), policy.reclaimed());

@@ -8,6 +8,7 @@ use serde::Serialize;
 use vattn::units::Bytes;
 
 use crate::device::{Books, DriverCalls, Leaked};
+use crate::meter::Split;
 use crate::model::Plan;
 use crate::num::{float, percentile, wide};
 use crate::server::Outcome;
@@ -15,7 +16,8 @@ use crate::trace::Trace;
 
 /// One policy's replay.
 ///
-/// Driver calls, modelled seconds and leaks are of the policy's whole life: made, used, dropped.
+/// Driver calls, modelled seconds and leaks are of the policy's whole life: made, used, dropped. The
+/// modelled seconds are the sum of three: on the path, off it, at the start and the end.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) driver: &'static str,
@@ -43,6 +45,19 @@ pub(crate) struct Report {
     pub(crate) device: String,
     pub(crate) budget_bytes: Bytes,
     pub(crate) device_free_bytes: Free,
+    /// Modelled seconds that requests waited for: in calls that admit, step and retire. What a policy does
+    /// beside the model and has not done when the model is, the next call waits for: it is part of this.
+    pub(crate) driver_seconds_on_path: f64,
+    /// Modelled seconds beside the model: what vattn does when it is tended, and what the thread of
+    /// vattention-ahead does.
+    pub(crate) driver_seconds_off_path: f64,
+    /// Modelled seconds before the first request and after the last: what making and dropping the policy
+    /// takes.
+    pub(crate) driver_seconds_start_and_end: f64,
+    /// The most of the modelled seconds on the path that one call waited for.
+    pub(crate) longest_stall_seconds: f64,
+    /// The calls off the path, whether the next call waited for them or not.
+    pub(crate) driver_calls_off_path: DriverCalls,
 }
 
 /// What a policy was given to run on.
@@ -101,6 +116,8 @@ impl Report {
         books: &Books,
         (adopted, reclaimed): (u64, u64),
     ) -> Self {
+        let Split { on_path, off_path, longest_stall, calls_off_path } = outcome.split;
+        let modelled = books.spent.modelled;
         Self {
             driver: used.driver,
             policy,
@@ -113,8 +130,8 @@ impl Report {
             preempted: outcome.preempted,
             steps: outcome.iterations,
             simulated_seconds: float(outcome.simulated) / 1e9,
-            driver_calls: books.calls,
-            modelled_driver_seconds: books.modelled_seconds,
+            driver_calls: books.spent.calls,
+            modelled_driver_seconds: modelled.as_secs_f64(),
             step_ns: StepTimes::of(&mut outcome.step_ns),
             bytes: Peaks {
                 peak_needed: outcome.peak_needed,
@@ -130,6 +147,11 @@ impl Report {
             device: used.device,
             budget_bytes: used.budget,
             device_free_bytes: used.free,
+            driver_seconds_on_path: on_path.as_secs_f64(),
+            driver_seconds_off_path: off_path.as_secs_f64(),
+            driver_seconds_start_and_end: (modelled - on_path - off_path).as_secs_f64(),
+            longest_stall_seconds: longest_stall.as_secs_f64(),
+            driver_calls_off_path: calls_off_path,
         }
     }
 
@@ -174,7 +196,11 @@ pub(crate) const ROWS: &[&[Row]] = &[
         ("driver calls: create memory", |r| count(r.driver_calls.create)),
         ("driver calls: map", |r| count(r.driver_calls.map)),
         ("driver calls: unmap", |r| count(r.driver_calls.unmap)),
-        ("driver time if this were an H200, ms", |r| format!("{:.1}", r.modelled_driver_seconds * 1e3)),
+        ("driver time if this were an H200, ms", |r| millis(r.modelled_driver_seconds)),
+        ("... that requests waited for, ms", |r| millis(r.driver_seconds_on_path)),
+        ("... while the model ran, ms", |r| millis(r.driver_seconds_off_path)),
+        ("... before the first and after the last, ms", |r| millis(r.driver_seconds_start_and_end)),
+        ("the longest wait for the driver, ms", |r| format!("{:.3}", r.longest_stall_seconds * 1e3)),
         ("requests that took over mapped memory", |r| count(r.adopted)),
         ("mappings taken away for another request", |r| count(r.reclaimed)),
     ],
@@ -197,8 +223,10 @@ const NOTES: &str = "\
 All columns serve the same requests with the same simulated server, so they differ only in how memory
 is managed. Fewer seconds and fewer preemptions mean that more requests fitted at once. A mapped/needed
 of 1.00 would waste nothing. Driver time is what the calls cost where they were measured, on an H200;
-calls to make memory at the start and to give it back at the end are part of it. A step is one call a
-server makes each iteration. It is the only row that depends on this machine.
+calls to make memory at the start and to give it back at the end are part of it. Requests wait for what
+admitting, stepping and retiring them asks of the driver, and for nothing that is done while the model
+runs, unless that takes longer. A step is one call a server makes each iteration. It is the only row
+that depends on this machine.
 ";
 
 const NOTES_OF_A_CARD: &str = "What is free is the card's own count, and depends on whoever else uses it.\n";
@@ -269,6 +297,11 @@ pub(crate) fn text(reports: &[Report], description: Option<&str>) -> String {
 /// In GiB, without the unit.
 pub(crate) fn gib(bytes: Bytes) -> String {
     format!("{:.2}", float(bytes.get()) / float(1 << 30))
+}
+
+/// In ms, without the unit.
+pub(crate) fn millis(seconds: f64) -> String {
+    format!("{:.1}", seconds * 1e3)
 }
 
 /// In µs, without the unit.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use vattn::units::Bytes;
 
-use crate::device::{DriverCalls, VERBS};
+use crate::device::{Spent, VERBS};
 use crate::server::{Pace, Sample};
 
 /// How many buckets a series has at most.
@@ -217,22 +217,22 @@ pub(crate) struct Columns {
 }
 
 impl Series {
-    /// A series without a sample, of a policy that has already made so many calls. A bucket is as long
+    /// A series without a sample, of a policy that has already asked so much of the driver. A bucket is as long
     /// as a step until there are too many of them.
-    pub(crate) fn new(step: u64, calls: DriverCalls, modelled: Duration) -> Self {
-        let before = calls.counts();
+    pub(crate) fn new(step: u64, spent: Spent) -> Self {
+        let before = spent.calls.counts();
         Self {
             width: step.max(1),
             buckets: Vec::new(),
             before,
             so_far: before,
-            modelled: nanoseconds(modelled),
+            modelled: nanoseconds(spent.modelled),
         }
     }
 
     /// Takes a sample, no earlier than the last, and what the driver has counted up to then.
-    pub(crate) fn record(&mut self, sample: &Sample, calls: DriverCalls, modelled: Duration) {
-        let (calls, modelled) = (calls.counts(), nanoseconds(modelled));
+    pub(crate) fn record(&mut self, sample: &Sample, spent: Spent) {
+        let (calls, modelled) = (spent.calls.counts(), nanoseconds(spent.modelled));
         let new = std::array::from_fn(|verb| calls[verb] - self.so_far[verb]);
         let bucket = Bucket::of(sample, new, modelled - self.modelled);
         (self.so_far, self.modelled) = (calls, modelled);

@@ -14,7 +14,8 @@
 //!    admitted is preempted (queued again at the head, its tokens so far being its prompt) and the
 //!    step is tried again.
 //! 5. Memory and active requests are sampled; who watches is told when the iteration is over.
-//! 6. Requests that have all their tokens are retired.
+//! 6. The model runs, and the policy is tended meanwhile.
+//! 7. Requests that have all their tokens are retired.
 //!
 //! With nothing active or queued, time jumps to the next arrival, to the nanosecond. Such a jump
 //! counts in the mean of active slots, as none, and not in the ratios of memory.
@@ -24,12 +25,13 @@
 //! iteration so that one costs no allocation.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::Duration;
 
 use vattn::units::{Bytes, TokenCount};
 use vattn::{Error, ErrorKind, Result};
 use vattn_baselines::{Policy, RequestId, Usage};
 
+use crate::meter::{Clock, Meter, Split};
 use crate::num::{float, float_wide, wide};
 use crate::trace::Request;
 
@@ -63,6 +65,8 @@ pub(crate) struct Outcome {
     /// Wall nanoseconds of the policy's step in each iteration that has one, in order; preemptions
     /// on the way are part of it.
     pub(crate) step_ns: Vec<u64>,
+    /// Which of the driver's time requests waited for, while they were served.
+    pub(crate) split: Split,
 }
 
 /// What who watches is told of an iteration, or of the moment from which nobody is there.
@@ -114,6 +118,7 @@ struct Waiting {
 struct Server<'a, 'w> {
     policy: &'a mut dyn Policy,
     settings: Settings,
+    meter: Meter<'a>,
     queue: VecDeque<Waiting>,
     active: Vec<Active>,
     /// The first of `active`, those past their prefill, with the totals of the next step.
@@ -127,8 +132,9 @@ struct Server<'a, 'w> {
     active_sum: u128,
 }
 
-/// Serves all requests, which are sorted by arrival. `progress` hears how many are done with,
-/// whenever that changes; `watch`, if there is one, hears of every iteration.
+/// Serves all requests, which are sorted by arrival. `clock` says what the policy's driver has counted;
+/// `progress` hears how many are done with, whenever that changes; `watch`, if there is one, hears of
+/// every iteration.
 ///
 /// # Errors
 /// The policy's, or its breach of contract: a request that it says it can hold does not fit alone.
@@ -136,12 +142,14 @@ pub(crate) fn serve(
     policy: &mut dyn Policy,
     requests: &[Request],
     settings: Settings,
+    clock: Clock<'_>,
     progress: &mut dyn FnMut(u64),
     watch: Option<Watch<'_>>,
 ) -> Result<Outcome> {
     let mut server = Server {
         policy,
         settings,
+        meter: Meter::new(clock, Duration::from_nanos(settings.step)),
         queue: VecDeque::new(),
         active: Vec::new(),
         decoding: Vec::new(),
@@ -199,7 +207,9 @@ impl Server<'_, '_> {
 
     fn admit(&mut self) -> Result<()> {
         while let Some(&Waiting { id, prompt, left }) = self.queue.front() {
-            if !self.policy.admit(id, TokenCount::new(prompt))? {
+            let prompted = TokenCount::new(prompt);
+            let (admitted, _) = self.meter.on_path(|| self.policy.admit(id, prompted))?;
+            if !admitted {
                 if self.active.is_empty() {
                     return Err(self.broken(id, prompt));
                 }
@@ -230,6 +240,7 @@ impl Server<'_, '_> {
         }
         self.sample();
         let seen = self.seen(now, pace);
+        self.meter.off_path(|| self.policy.tend())?;
         // A preemption may have taken the one whose prefill ended.
         if joins && let Some(active) = self.active.get(past).filter(|active| active.prefill == 0) {
             self.decoding.push((active.id, TokenCount::new(active.tokens + 1)));
@@ -248,18 +259,24 @@ impl Server<'_, '_> {
 
     /// One step of everybody who decodes, with as many preemptions as it takes, and its wall time.
     fn grow(&mut self) -> Result<u64> {
-        let start = Instant::now();
-        while !self.decoding.is_empty() && !self.policy.step(&self.decoding)? {
+        let mut wall = Duration::ZERO;
+        while !self.decoding.is_empty() {
+            let (fits, took) = self.meter.on_path(|| self.policy.step(&self.decoding))?;
+            wall += took;
+            if fits {
+                break;
+            }
             let last = self.active.pop().expect("those who decode are active");
             if self.active.is_empty() {
                 return Err(self.broken(last.id, last.tokens + 1));
             }
             self.decoding.truncate(self.active.len());
-            self.policy.retire(last.id)?;
+            let ((), took) = self.meter.on_path(|| self.policy.retire(last.id))?;
+            wall += took;
             self.queue.push_front(Waiting { id: last.id, prompt: last.tokens, left: last.left });
             self.outcome.preempted += 1;
         }
-        let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let ns = u64::try_from(wall.as_nanos()).unwrap_or(u64::MAX);
         self.outcome.step_ns.push(ns);
         Ok(ns)
     }
@@ -300,7 +317,7 @@ impl Server<'_, '_> {
         let past = self.decoding.len();
         for index in 0..past {
             if self.active[index].left == 0 {
-                self.policy.retire(self.active[index].id)?;
+                self.meter.on_path(|| self.policy.retire(self.active[index].id))?;
                 self.outcome.completed += 1;
             } else {
                 self.active[kept] = self.active[index];
@@ -343,6 +360,7 @@ impl Server<'_, '_> {
         self.outcome.mapped_over_needed = ratio(self.mapped);
         self.outcome.held_over_needed = ratio(self.held);
         self.outcome.simulated = now;
+        self.outcome.split = self.meter.finish();
         if now > 0 {
             self.outcome.mean_active =
                 float_wide(self.active_sum * u128::from(self.settings.step)) / float(now);

@@ -47,8 +47,8 @@ impl Drop for Trace {
 const POLICIES: &str = "vattn,vattention,vattention-ahead,paged,static";
 
 /// Small enough to be served in a blink.
-fn json(policies: &str) -> Vec<serde_json::Value> {
-    let output = vattn(&[
+fn json(policies: &str, more: &[&str]) -> Vec<serde_json::Value> {
+    let args = [
         "replay",
         "--device",
         "ledger",
@@ -62,7 +62,8 @@ fn json(policies: &str) -> Vec<serde_json::Value> {
         "16GiB",
         "--max-tokens",
         "65536",
-    ]);
+    ];
+    let output = vattn(&[&args[..], more].concat());
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert_eq!(stderr(&output), "");
     stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -78,7 +79,7 @@ fn json_has_the_promised_fields_and_nothing_else() {
         names.sort_unstable();
         names
     };
-    let reports = json(POLICIES);
+    let reports = json(POLICIES, &[]);
     assert_eq!(reports.len(), POLICIES.split(',').count());
     for report in &reports {
         assert_eq!(
@@ -107,11 +108,17 @@ fn json_has_the_promised_fields_and_nothing_else() {
                 "leaked",
                 "device",
                 "budget_bytes",
-                "device_free_bytes"
+                "device_free_bytes",
+                "driver_seconds_on_path",
+                "driver_seconds_off_path",
+                "driver_seconds_start_and_end",
+                "longest_stall_seconds",
+                "driver_calls_off_path"
             ])
         );
         let calls = ["reserve", "create", "map", "set_access", "unmap", "release"];
         assert_eq!(keys(&report["driver_calls"]), sorted(&calls));
+        assert_eq!(keys(&report["driver_calls_off_path"]), sorted(&calls));
         assert_eq!(keys(&report["step_ns"]), sorted(&["p50", "p99", "max"]));
         assert_eq!(keys(&report["bytes"]), sorted(&["peak_needed", "peak_mapped", "peak_held"]));
         assert_eq!(keys(&report["active_slots"]), sorted(&["mean", "peak"]));
@@ -130,10 +137,41 @@ fn json_has_the_promised_fields_and_nothing_else() {
     }
 }
 
+fn seconds(report: &serde_json::Value, name: &str) -> f64 {
+    report[name].as_f64().unwrap_or_else(|| panic!("{name}: {report}"))
+}
+
+#[test]
+fn driver_time_is_told_by_who_waits_for_it() {
+    for report in json(POLICIES, &[]) {
+        let [on, off, other] = ["on_path", "off_path", "start_and_end"]
+            .map(|part| seconds(&report, &format!("driver_seconds_{part}")));
+        let all = seconds(&report, "modelled_driver_seconds");
+        assert!((on + off + other - all).abs() < 1e-9, "{report}");
+        let longest = seconds(&report, "longest_stall_seconds");
+        assert!(other > 0.0 && (0.0..=on).contains(&longest), "{report}");
+        let beside = report["driver_calls_off_path"]["map"].as_u64().unwrap();
+        assert!(beside <= report["driver_calls"]["map"].as_u64().unwrap(), "{report}");
+        match report["policy"].as_str().unwrap() {
+            "paged" | "static" => assert!(on <= 0.0 && off <= 0.0 && beside == 0, "{report}"),
+            "vattention" => assert!(on > 0.0 && longest > 0.0 && off <= 0.0 && beside == 0, "{report}"),
+            "vattention-ahead" => assert!(on > 0.0 && off > 0.0 && beside > 0, "{report}"),
+            _ => assert!(on > 0.0 && longest > 0.0 && off > 0.0 && beside > 0, "{report}"),
+        }
+    }
+}
+
+#[test]
+fn without_a_background_vattn_does_everything_on_the_path() {
+    let reports = json("vattn", &["--background", "off"]);
+    assert!(seconds(&reports[0], "driver_seconds_off_path") <= 0.0, "{}", reports[0]);
+    assert_eq!(reports[0]["driver_calls_off_path"]["map"], 0);
+}
+
 #[test]
 fn the_same_arguments_give_the_same_numbers() {
     let without_times = || -> Vec<serde_json::Value> {
-        let mut reports = json(POLICIES);
+        let mut reports = json(POLICIES, &[]);
         for report in &mut reports {
             report.as_object_mut().unwrap().remove("step_ns");
         }
@@ -162,6 +200,10 @@ fn bad_arguments_are_code_2() {
         (vec!["replay", "--max-slots", "0"], "0 is not in 1.."),
         (vec!["replay", "--step-ms", "0"], "is not a time"),
         (vec!["replay", "--policy", "best"], "possible values: vattn, vattention"),
+        (vec!["replay", "--background", "thread"], "possible values: caller, off"),
+        (vec!["replay", "--reclaim", "never"], "possible values: deferred, eager"),
+        (vec!["replay", "--look-ahead", "-1"], "unexpected argument '-1'"),
+        (vec!["replay", "--look-ahead", "64GiB"], "invalid value '64GiB' for '--look-ahead <TOKENS>'"),
         (vec!["replay", "--device", "gpu"], "'gpu' is not a device; write host, ledger, cuda or cuda:N"),
         (vec!["replay", "--device", "cuda:x"], "'cuda:x' names no GPU; write cuda:0"),
         (vec!["replay", "--device", "host", "--granule", "3MiB"], "--granule is 3 MiB; a power of two"),
@@ -255,11 +297,13 @@ fn the_published_traces_are_served_without_a_leak() {
         || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/traces")),
         PathBuf::from,
     );
-    for (file, limit) in [
-        ("azure_llm_2023_conv.csv", "3000"),
-        ("arxiv_long_offline.csv", "40"),
-        ("mooncake_conversation.jsonl", "500"),
-        ("sync_vs_async.csv", "300"),
+    for (file, limit, budget) in [
+        ("azure_llm_2023_conv.csv", "3000", "64GiB"),
+        // Memory is short all the time.
+        ("azure_llm_2023_conv.csv", "2000", "3GiB"),
+        ("arxiv_long_offline.csv", "40", "64GiB"),
+        ("mooncake_conversation.jsonl", "500", "64GiB"),
+        ("sync_vs_async.csv", "300", "64GiB"),
     ] {
         let path = directory.join(file);
         if !path.exists() {
@@ -278,6 +322,8 @@ fn the_published_traces_are_served_without_a_leak() {
             "262144",
             "--limit",
             limit,
+            "--budget",
+            budget,
             "--trace",
             path.to_str().unwrap(),
         ]);

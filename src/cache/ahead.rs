@@ -56,7 +56,8 @@ impl Core {
 
     /// Maps a few of the extents that slots will soon need.
     pub(super) fn grow(&self, pace: &mut Pace) -> Came {
-        match self.table.lock().is_hungry() {
+        let hungry = self.table.lock().is_hungry();
+        match hungry {
             (false, false) => return Came::ToNothing,
             (false, true) => {
                 return if self.table.lock().has_fenced(u64::MAX) { Came::Fenced } else { Came::ToNothing };
@@ -221,9 +222,15 @@ fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> Work {
     let mut planner = Planner::beside_the_path(table, pool, limit, among);
     let mut classes = Vec::new();
     let mut missing = None;
+    for Extension { place, keep, .. } in found {
+        planner.cut_to(*place, *keep);
+    }
+    // A slot that is extended gives nothing: its pieces would lie elsewhere than was planned.
+    for Extension { place, .. } in found {
+        planner.leave_out(place.slot);
+    }
     'found: for extension in found {
-        let Extension { place, keep, to, slack, .. } = *extension;
-        planner.cut_to(place, keep);
+        let Extension { place, to, slack, .. } = *extension;
         let mut at = planner.end(place);
         classes.clear();
         cover(Need { from: at, to, slack, cuts: &[] }, &mut classes);
@@ -236,6 +243,9 @@ fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> Work {
         }
     }
     let work = planner.finish(Vec::new());
+    for Extension { place, .. } in found {
+        table.settle(place.slot);
+    }
     if let Some(slot) = missing {
         table.starve(slot);
     }

@@ -219,6 +219,11 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// Takes nothing from that slot, until it is settled.
+    pub(super) fn leave_out(&mut self, slot: u32) {
+        self.table.unlist(slot);
+    }
+
     /// Where a run ends now.
     pub(super) fn end(&self, place: Place) -> Granules {
         self.table.run(place).end()

@@ -737,6 +737,11 @@ impl SlotTable {
         self.count_memory();
     }
 
+    /// Its spare memory is not to be had until it is settled.
+    pub(crate) fn unlist(&mut self, slot: u32) {
+        self.list_by_age(slot, None);
+    }
+
     /// Puts a slot into the order by age, or takes it out.
     fn list_by_age(&mut self, slot: u32, age: Option<Age>) {
         let before = std::mem::replace(&mut self.records[index(slot)].listed_by_age, age);

@@ -28,6 +28,8 @@ const SUMMARY: &[(&str, Option<Size>)] = &[
     ("memory taken from the device, peak GiB", Some(|report| float(report.bytes.peak_held.get()))),
     ("driver calls: map", Some(|report| float(report.driver_calls.map))),
     ("driver time if this were an H200, ms", Some(|report| report.modelled_driver_seconds)),
+    ("... that requests waited for, ms", Some(|report| report.driver_seconds_on_path)),
+    ("the longest wait for the driver, ms", Some(|report| report.longest_stall_seconds)),
     ("a step here, wall time, 99th percentile µs", Some(|report| float(report.step_ns.p99))),
     ("leaked extents, mappings and reservations", None),
 ];

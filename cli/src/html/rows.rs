@@ -8,7 +8,7 @@ use super::chart::{self, Drawn, Panel, Time};
 use super::scale::{Scale, binary_step, unit};
 use crate::device::{DriverCalls, VERBS};
 use crate::num::{float, whole, wide};
-use crate::report::{count, gib, micros};
+use crate::report::{count, gib, micros, millis};
 use crate::series::{Bucket, Columns, Gauges, Range, Spread};
 
 /// A thing that is drawn.
@@ -231,15 +231,19 @@ impl<'a> Frame<'a> {
 
     fn driver(&self) -> Row {
         let mut note = "what its calls would cost on an H200".to_owned();
-        if self.runs.iter().any(|run| run.report.policy == "vattention-ahead") {
-            note += "; vattention-ahead makes some of them while the model runs";
+        if self.runs.iter().any(|run| run.report.driver_seconds_off_path > 0.0) {
+            note += "; those made while the model runs are among them";
         }
         self.times(
             ("Driver time in an iteration, modelled", note, "driver"),
             |bucket| &bucket.driver,
             ("mean", Spread::mean),
             1000,
-            |run| format!("{:.1} ms in all", run.report.modelled_driver_seconds * 1e3),
+            |run| {
+                let report = &run.report;
+                let [on, all] = [report.driver_seconds_on_path, report.modelled_driver_seconds].map(millis);
+                format!("{on} ms waited for, {all} in all")
+            },
         )
     }
 

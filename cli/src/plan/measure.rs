@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use vattn::error::Verb;
-use vattn::geometry::{Config, LayoutChoice};
+use vattn::geometry::{Background, Config, LayoutChoice};
 use vattn::layout::{Layout, Part, TensorLayout, View};
 use vattn::units::{Bytes, Device, TokenCount};
 use vattn::{Error, ErrorKind, Fence, KvCache, Result, SlotTokens};
@@ -196,7 +196,9 @@ struct Probe {
 fn open(config: &Config, granule: Bytes) -> Result<Probe> {
     let budget = config.budget().unwrap_or_default();
     let bench = Bench::open(&Place::Ledger, granule, budget)?;
-    let cache = KvCache::new(config.clone(), bench.driver())?;
+    // Nobody maps ahead of a prompt that comes alone.
+    let config = config.to_builder().background(Background::Off).build()?;
+    let cache = KvCache::new(config, bench.driver())?;
     Ok(Probe { cache, bench })
 }
 

@@ -4,9 +4,10 @@ use proptest::prelude::*;
 use vattn_baselines::Usage;
 
 use super::*;
+use crate::device::DriverCalls;
 
-fn calls(map: u64) -> DriverCalls {
-    DriverCalls { map, ..DriverCalls::default() }
+fn spent(map: u64, modelled: u64) -> Spent {
+    Spent { calls: DriverCalls { map, ..DriverCalls::default() }, modelled: Duration::from_nanos(modelled) }
 }
 
 fn sample(at: u64, needed: u64, step: u64) -> Sample {
@@ -27,12 +28,12 @@ fn sample(at: u64, needed: u64, step: u64) -> Sample {
 
 /// A series of steps of 10 ns from samples of (gap, needed, calls, wall time), and their times.
 fn series(samples: &[(u64, u64, u64, u64)]) -> (Series, Vec<u64>) {
-    let mut series = Series::new(10, calls(7), Duration::from_nanos(70));
+    let mut series = Series::new(10, spent(7, 70));
     let (mut at, mut made) = (0, 7);
     let mut times = Vec::new();
     for (gap, needed, new, step) in samples {
         made += new;
-        series.record(&sample(at, *needed, *step), calls(made), Duration::from_nanos(made * 10));
+        series.record(&sample(at, *needed, *step), spent(made, made * 10));
         times.push(at);
         at += 10 + gap;
     }

@@ -1,9 +1,12 @@
 //! Tiny traces with results worked out by hand, and real ones against an independent model.
 
+mod waits;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::*;
+use crate::device::Spent;
 use vattn_baselines::Usage;
 
 /// A policy of pure arithmetic: units of so many tokens, and a log of what it was asked.
@@ -118,12 +121,17 @@ impl Policy for Ideal {
 const MS: u64 = 1_000_000;
 const SETTINGS: Settings = Settings { step: 25 * MS, prefill_tokens: 10, max_tokens: 100 };
 
+/// The clock of a policy that has no driver.
+fn nobody() -> Spent {
+    Spent::default()
+}
+
 fn request(arrival_ms: u64, prompt: u64, output: u64) -> Request {
     Request { arrival: arrival_ms * MS, prompt, output }
 }
 
 fn run(mut policy: Ideal, requests: &[Request]) -> (Outcome, Vec<String>) {
-    let outcome = serve(&mut policy, requests, SETTINGS, &mut |_| {}, None).unwrap();
+    let outcome = serve(&mut policy, requests, SETTINGS, &nobody, &mut |_| {}, None).unwrap();
     assert_eq!((policy.active, policy.used, policy.tokens), (0, 0, 0));
     (outcome, policy.log.unwrap())
 }
@@ -262,7 +270,7 @@ fn who_watches_hears_of_every_iteration_and_of_the_moment_before_a_jump() {
     let mut samples = Vec::new();
     let mut watch = |sample: &Sample| samples.push(*sample);
     let mut policy = Ideal { slots: 1, ..Ideal::new(1, 1, 12) };
-    let outcome = serve(&mut policy, &requests, SETTINGS, &mut |_| {}, Some(&mut watch)).unwrap();
+    let outcome = serve(&mut policy, &requests, SETTINGS, &nobody, &mut |_| {}, Some(&mut watch)).unwrap();
     let seen: Vec<_> = samples
         .iter()
         .map(|sample| {
@@ -288,15 +296,15 @@ fn who_watches_hears_of_every_iteration_and_of_the_moment_before_a_jump() {
         ]
     );
     let mut policy = Ideal { slots: 1, ..Ideal::new(1, 1, 12) };
-    let unwatched = serve(&mut policy, &requests, SETTINGS, &mut |_| {}, None).unwrap();
+    let unwatched = serve(&mut policy, &requests, SETTINGS, &nobody, &mut |_| {}, None).unwrap();
     assert_eq!(outcome, Outcome { step_ns: outcome.step_ns.clone(), ..unwatched });
 }
 
 #[test]
 fn a_clock_that_ends_is_an_error() {
     let settings = Settings { step: u64::MAX / 3, ..SETTINGS };
-    let error =
-        serve(&mut Ideal::logged(100, 9), &[request(0, 1, 9)], settings, &mut |_| {}, None).unwrap_err();
+    let error = serve(&mut Ideal::logged(100, 9), &[request(0, 1, 9)], settings, &nobody, &mut |_| {}, None)
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     assert!(
         error.report().starts_with("4 iterations of ") && error.report().contains("--step-ms"),
@@ -351,8 +359,8 @@ fn a_policy_that_breaks_its_word_ends_the_run() {
         }
     }
     for requests in [[request(0, 11, 1)], [request(0, 10, 1)]] {
-        let error =
-            serve(&mut Liar(Ideal::logged(10, 9)), &requests, SETTINGS, &mut |_| {}, None).unwrap_err();
+        let error = serve(&mut Liar(Ideal::logged(10, 9)), &requests, SETTINGS, &nobody, &mut |_| {}, None)
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Internal);
         assert!(error.report().contains("liar"), "{error}");
     }
@@ -383,7 +391,7 @@ fn six_thousand_real_requests_in_3_gib_take_as_long_as_an_independent_model_says
     let Some(requests) = azure() else { return };
     for ((unit, bytes), seconds) in UNITS.into_iter().zip([2065.0, 2078.0, 3152.0]) {
         let mut policy = Ideal::new(unit, bytes, (3 << 30) / bytes);
-        let outcome = serve(&mut policy, &requests[..6000], REAL, &mut |_| {}, None).unwrap();
+        let outcome = serve(&mut policy, &requests[..6000], REAL, &nobody, &mut |_| {}, None).unwrap();
         let simulated = float(outcome.simulated) / 1e9;
         eprintln!(
             "units of {unit} tokens: {simulated} s, {} iterations, {} preempted",
@@ -399,7 +407,7 @@ fn an_hour_of_real_requests_wastes_what_an_independent_model_says() {
     let Some(requests) = azure() else { return };
     for ((unit, bytes), waste) in UNITS.into_iter().zip([1.006, 1.0125, 1.57]) {
         let mut policy = Ideal::new(unit, bytes, (64 << 30) / bytes);
-        let outcome = serve(&mut policy, &requests, REAL, &mut |_| {}, None).unwrap();
+        let outcome = serve(&mut policy, &requests, REAL, &nobody, &mut |_| {}, None).unwrap();
         eprintln!(
             "units of {unit} tokens: {}, {} iterations, mean {} active",
             outcome.mapped_over_needed, outcome.iterations, outcome.mean_active
