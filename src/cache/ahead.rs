@@ -140,8 +140,8 @@ impl Core {
         let mut found = Found::default();
         for due in due {
             let is_open = table.state(due.slot) == State::Active;
-            if !is_open || (share <= wide(found.extensions.len()) && self.may_wait() && !self.is_urgent(&due))
-            {
+            let may_wait = self.may_wait() && !self.is_urgent(&due);
+            if !is_open || (may_wait && (room.is_short() || share <= wide(found.extensions.len()))) {
                 found.paced = true;
                 continue;
             }

@@ -180,7 +180,7 @@ impl Config {
                 slack_divisor: 32,
                 background: Background::default(),
                 reclaim: Reclaim::default(),
-                look_ahead: TokenCount::new(64),
+                look_ahead: TokenCount::new(32),
                 look_ahead_budget: None,
                 at_hand: None,
             },
@@ -376,7 +376,7 @@ impl ConfigBuilder {
 
     /// With how many tokens to go the memory for a slot's growth is mapped; slots begin at different
     /// points between this and half of it, so that those that grow in step don't ask at once. 0 turns
-    /// it off. Default 64.
+    /// it off. Default 32.
     pub const fn look_ahead(mut self, tokens: TokenCount) -> Self {
         self.config.look_ahead = tokens;
         self
@@ -504,7 +504,7 @@ mod tests {
         assert_eq!((config.budget(), config.commit()), (None, &Commit::OnDemand));
         assert_eq!(config.layout(), LayoutChoice { kind: LayoutKind::Sliced, order: KvOrder::Apart });
         assert_eq!((config.background(), config.reclaim()), (Background::Thread, Reclaim::Deferred));
-        assert_eq!((config.look_ahead(), config.look_ahead_budget()), (TokenCount::new(64), None));
+        assert_eq!((config.look_ahead(), config.look_ahead_budget()), (TokenCount::new(32), None));
         assert_eq!(config.at_hand(), None);
         let spare = config.to_builder().spare_slot(true).build().unwrap();
         assert_eq!((spare.slots(), spare.spare_index()), (1025, Some(1024)));
