@@ -10,7 +10,7 @@ use vattn::geometry::{self, ConfigBuilder};
 use vattn::units::TokenCount;
 
 /// What the cache itself looks ahead where nobody says.
-const LOOK_AHEAD: u64 = 64;
+const LOOK_AHEAD: u64 = 32;
 
 /// Who does what no request has to wait for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
