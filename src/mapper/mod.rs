@@ -36,12 +36,27 @@ pub(crate) enum Turn {
     Idle,
 }
 
-#[derive(Debug, Default)]
+/// What the thread is at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Doing {
+    /// Nothing, until somebody wakes it.
+    Resting,
+    /// Nothing, for a while: something is left for later.
+    Pausing,
+    /// A turn, or about to take one.
+    Working,
+    /// Nothing any more: it was ended, or a turn panicked. Waking it has no effect.
+    Gone,
+}
+
+#[derive(Debug)]
 struct State {
+    doing: Doing,
     /// Somebody woke the thread since it last began a turn.
     woken: bool,
-    /// The thread has nothing to do, or is no more.
-    resting: bool,
+    /// How often it went to rest: whatever it was woken for before had been seen to by then.
+    rests: u64,
+    /// It is to end.
     ended: bool,
 }
 
@@ -59,13 +74,15 @@ impl Mapper {
         turn: impl FnMut() -> Turn + Send + 'static,
         panicked: impl FnOnce(String) + Send + 'static,
     ) -> io::Result<Self> {
-        let state = Arc::new(Monitor::new(State { resting: true, ..State::default() }));
+        let state = State { doing: Doing::Resting, woken: false, rests: 0, ended: false };
+        let state = Arc::new(Monitor::new(state));
         let its = Arc::clone(&state);
         let thread = thread::Builder::new().name(name.into()).spawn(move || {
             if let Err(words) = catch(|| work(&its, turn)) {
-                panicked(words);
+                // Should it panic too, nobody is left to be told; but nobody may wait for ever either.
+                let _ = catch(|| panicked(words));
             }
-            its.lock().resting = true;
+            its.lock().doing = Doing::Gone;
             its.notify_all();
         })?;
         Ok(Self { state, thread: Some(thread) })
@@ -75,23 +92,26 @@ impl Mapper {
     pub(crate) fn wake(&self) {
         let mut state = self.state.lock();
         state.woken = true;
-        let resting = state.resting;
+        let waits = matches!(state.doing, Doing::Resting | Doing::Pausing);
         drop(state);
-        if resting {
+        if waits {
             self.state.notify_all();
         }
     }
 
-    /// Blocks until it has nothing to do. Whoever woke it before waits until that has been seen to.
+    /// Blocks until it has nothing to do, or is gone. Whoever woke it before waits until that has been
+    /// seen to, and not for what others wake it for later.
     pub(crate) fn wait_until_idle(&self) {
         let mut state = self.state.lock();
-        while !(state.resting && (!state.woken || self.is_gone())) {
+        let rests = state.rests;
+        let idle = |state: &State| match state.doing {
+            Doing::Gone => true,
+            Doing::Resting if !state.woken => true,
+            Doing::Resting | Doing::Pausing | Doing::Working => state.rests != rests,
+        };
+        while !idle(&state) {
             state = self.state.wait(state);
         }
-    }
-
-    fn is_gone(&self) -> bool {
-        self.thread.as_ref().is_none_or(thread::JoinHandle::is_finished)
     }
 }
 
@@ -113,12 +133,19 @@ fn work(state: &Monitor<State>, mut turn: impl FnMut() -> Turn) {
         let mut guard = state.lock();
         match next {
             Turn::Again => {}
-            Turn::Later(after) if !guard.woken && !guard.ended => guard = state.wait_for(guard, after),
-            Turn::Later(_) => {}
+            Turn::Later(after) => {
+                if !guard.woken && !guard.ended {
+                    guard.doing = Doing::Pausing;
+                    guard = state.wait_for(guard, after);
+                }
+            }
             Turn::Idle => {
-                while !guard.woken && !guard.ended {
-                    guard.resting = true;
+                if !guard.woken {
+                    guard.doing = Doing::Resting;
+                    guard.rests += 1;
                     state.notify_all();
+                }
+                while !guard.woken && !guard.ended {
                     guard = state.wait(guard);
                 }
             }
@@ -126,7 +153,7 @@ fn work(state: &Monitor<State>, mut turn: impl FnMut() -> Turn) {
         if guard.ended {
             return;
         }
-        guard.resting = false;
+        guard.doing = Doing::Working;
         guard.woken = false;
         drop(guard);
         next = turn();
