@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
+use common::gate::Gate;
 use common::{Numbers, Shape, Watch, contents, setting, shapes, step, stream, tokens};
-use parking_lot::{Condvar, Mutex};
 use vattn::driver::{Driver, Live, Stream};
 use vattn::error::{ErrorKind, Verb};
 use vattn::{Bytes, Fence, Health, KvCache, SlotId, SlotTokens};
@@ -47,47 +47,6 @@ fn kind<T: std::fmt::Debug>(result: vattn::Result<T>) -> ErrorKind {
 /// What a caller sees of slots and memory.
 fn seen(cache: &KvCache) -> (Vec<vattn::cache::SlotReport>, vattn::stats::ByteCounts) {
     (cache.report().unwrap().slots, cache.bytes())
-}
-
-/// Holds the first caller that comes.
-#[derive(Default)]
-struct Gate {
-    state: Mutex<(u64, bool)>,
-    moved: Condvar,
-}
-
-impl Gate {
-    /// In the driver, before the next call of that verb.
-    fn before(watch: &Watch, verb: Verb) -> Arc<Self> {
-        let gate = Arc::new(Self::default());
-        let (here, armed) = (Arc::clone(&gate), AtomicBool::new(true));
-        watch.checked.on_call(Box::new(move |called| {
-            if called == verb && armed.swap(false, Ordering::SeqCst) {
-                here.pass();
-            }
-        }));
-        gate
-    }
-
-    fn pass(&self) {
-        let mut state = self.state.lock();
-        state.0 += 1;
-        while !state.1 {
-            self.moved.wait(&mut state);
-        }
-    }
-
-    fn wait_for_arrival<T>(&self, caller: &thread::ScopedJoinHandle<'_, T>) {
-        while self.state.lock().0 == 0 {
-            assert!(!caller.is_finished(), "it made no such call");
-            thread::yield_now();
-        }
-    }
-
-    fn open(&self) {
-        self.state.lock().1 = true;
-        self.moved.notify_all();
-    }
 }
 
 /// Until a thread blocks on an event. One that ends without having waited is a failure, not a hang.

@@ -8,6 +8,7 @@
 //! Growth that is not urgent gets a share of each step, so that the calls for many requests that grow
 //! together are spread over the steps that are left before the memory is needed.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -47,10 +48,18 @@ pub(super) struct Goals {
     fences: Vec<slot::Fence>,
     /// Whether what the driver would not let go of has been tried again for these.
     tried: bool,
-    /// Slots whose spare memory is unmapped as soon as their fences have fired, with their generation.
-    eager: Vec<(u32, u64)>,
+    /// Slots whose spare memory is unmapped as soon as their fences have fired, with the generation that
+    /// gave it up last.
+    eager: BTreeMap<u32, u64>,
     /// What a call failed with, the first since somebody asked.
     error: Option<Error>,
+}
+
+impl Goals {
+    /// What trims and reclaims that were not done yet wait for.
+    pub(super) fn take_fences(&mut self) -> Vec<slot::Fence> {
+        std::mem::take(&mut self.fences)
+    }
 }
 
 /// How much of a step's share of growth is spent.
@@ -190,8 +199,16 @@ impl Core {
                     other => came.push(other),
                 }
             }
-            if came.contains(&Came::Fenced) && self.ask_fences() {
-                return Turn::Again;
+            if came.contains(&Came::Fenced) {
+                match self.ask_fences() {
+                    Ok(true) => return Turn::Again,
+                    Ok(false) => {}
+                    Err(error) => {
+                        // Who is woken asks again, and nobody waits for an answer that does not come.
+                        self.note_failure(error.context("asking whether a fence has fired"));
+                        return Turn::Idle;
+                    }
+                }
             }
             if came.iter().all(|came| *came == Came::ToNothing) { Turn::Idle } else { Turn::Later(A_WHILE) }
         })
@@ -214,18 +231,12 @@ impl Core {
     }
 
     /// Forgets the fences that have fired; whether there were any. Calls the driver.
-    fn ask_fences(&self) -> bool {
+    fn ask_fences(&self) -> Result<bool> {
         let all = self.table.lock().fences_by_slot();
         let asked = self.goals.lock().fences.clone();
         let mut some = false;
         for (slot, fences) in all {
-            let (fired, _waiting) = match self.fired(fences) {
-                Ok(parted) => parted,
-                Err(error) => {
-                    self.note_failure(error);
-                    return false;
-                }
-            };
+            let (fired, _waiting) = self.fired(fences)?;
             if !fired.is_empty() {
                 some = true;
                 let mut table = self.table.lock();
@@ -233,20 +244,17 @@ impl Core {
                 table.revive();
             }
         }
-        match self.fired(asked) {
-            Ok((fired, _waiting)) if fired.is_empty() => {}
-            Ok((fired, _waiting)) => {
-                some = true;
-                let dropped: Vec<_> = {
-                    let mut goals = self.goals.lock();
-                    goals.fences.extract_if(.., |fence| fired.iter().any(|fired| fired.is(fence))).collect()
-                };
-                drop(dropped);
-            }
-            Err(error) => self.note_failure(error),
+        let (fired, _waiting) = self.fired(asked)?;
+        if !fired.is_empty() {
+            some = true;
+            let dropped: Vec<_> = {
+                let mut goals = self.goals.lock();
+                goals.fences.extract_if(.., |fence| fired.iter().any(|fired| fired.is(fence))).collect()
+            };
+            drop(dropped);
         }
         self.sweep();
-        some
+        Ok(some)
     }
 
     /// Parts fences in those that have fired and those that have not.
@@ -300,7 +308,7 @@ impl Core {
         }
         let slot = (id.index(), id.generation());
         if self.has_background() {
-            self.goals.lock().eager.push(slot);
+            self.goals.lock().eager.insert(slot.0, slot.1);
             self.alert.store(true, Relaxed);
             return;
         }
@@ -337,7 +345,7 @@ impl Core {
             let result = if done { Ok(()) } else { self.perform(work, |_| {}, |_| {}) };
             Self::give_way(moves);
             if done || result.is_err() {
-                self.goals.lock().eager.retain(|other| *other != (slot, generation));
+                self.goals.lock().eager.retain(|other, last| (*other, *last) != (slot, generation));
             }
             match result {
                 Err(error) => self.note_failure(error.context("unmapping what was given up")),

@@ -155,7 +155,7 @@ impl Core {
     }
 
     pub(super) fn health(&self) -> Health {
-        if self.counters.device_lost() || self.failure.get().is_some() {
+        if self.why_failed().is_some() {
             Health::Failed
         } else if self.degraded.load(Ordering::Relaxed) {
             Health::Degraded
@@ -212,10 +212,15 @@ impl Core {
             "the cache has failed, and all that it held is gone: drop it and make a new one, in a new process if a kernel \
              faulted or the device was lost",
         );
-        Err(match self.failure.get() {
-            Some(why) => error.caused_by(Error::new(ErrorKind::DeviceLost, why.as_str())),
+        Err(match self.why_failed() {
+            Some(why) => error.caused_by(Error::new(ErrorKind::DeviceLost, why)),
             None => error,
         })
+    }
+
+    /// What the cache has failed of: in the words of the operation that noticed, or else of the driver.
+    fn why_failed(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str).or_else(|| self.counters.device_lost())
     }
 
     /// Counts an error that a caller is given, and notes what it says about the device.
@@ -360,7 +365,8 @@ pub(super) fn too_small(budget: Bytes, config: &Config, layout: &Layout) -> Erro
 impl Drop for Core {
     fn drop(&mut self) {
         // Kernels may still be reading what is about to be unmapped.
-        for fence in self.table.get_mut().all_fences() {
+        let asked = self.goals.get_mut().take_fences();
+        for fence in self.table.get_mut().all_fences().into_iter().chain(asked) {
             if let Err(error) = fence.event().wait() {
                 tracing::error!(
                     error = error.report(),

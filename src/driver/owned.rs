@@ -63,8 +63,10 @@ impl DriverHandle {
         let start = Instant::now();
         let result = call(&*self.driver);
         self.counters.count_call(verb, start.elapsed(), result.is_ok());
-        if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::DeviceLost) {
-            self.counters.note_device_lost();
+        if let Err(error) = &result
+            && error.kind() == ErrorKind::DeviceLost
+        {
+            self.counters.note_device_lost(error);
         }
         result
     }
@@ -183,7 +185,7 @@ impl Reservation {
         //   mapped already, the driver refuses;
         // - the handle is released only when `memory` is dropped.
         self.driver.call(Verb::Map, |driver| unsafe { driver.map(addr, size, memory.handle) })?;
-        let mapping = Mapping { reservation: Arc::clone(self), addr, size, mapped: true };
+        let mapping = Mapping { reservation: Arc::clone(self), addr, size, state: Mapped::Yes };
         match mapping.give_access(access) {
             Ok(()) => Ok(mapping),
             Err(error) => Err(MapError { error, stuck: mapping.unmap().err().map(|(mapping, _)| mapping) }),
@@ -261,13 +263,15 @@ impl PhysicalMemory {
     /// The driver's, with the memory as it was.
     pub fn release(mut self) -> Result<(), (Self, Error)> {
         let handle = self.handle;
+        // Also where the driver panics: what became of the memory is not known then.
+        self.alive = false;
         // SAFETY: `handle` came from `create` in `new`; `alive` makes this or the drop the only release.
         match self.driver.cleanup(Verb::Release, |driver| unsafe { driver.release(handle) }) {
-            Ok(()) => {
-                self.alive = false;
-                Ok(())
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.alive = true;
+                Err((self, error))
             }
-            Err(error) => Err((self, error)),
         }
     }
 }
@@ -296,7 +300,16 @@ pub struct Mapping {
     reservation: Arc<Reservation>,
     addr: DeviceAddr,
     size: Bytes,
-    mapped: bool,
+    state: Mapped,
+}
+
+/// Whether a mapping is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mapped {
+    Yes,
+    /// The driver was asked to take it away and gave no answer: it panicked.
+    Unknown,
+    No,
 }
 
 impl Mapping {
@@ -317,12 +330,16 @@ impl Mapping {
     /// # Errors
     /// The driver's, with the mapping as it was.
     pub fn unmap(mut self) -> Result<(), (Self, Error)> {
+        self.state = Mapped::Unknown;
         match self.unmap_now() {
             Ok(()) => {
-                self.mapped = false;
+                self.state = Mapped::No;
                 Ok(())
             }
-            Err(error) => Err((self, error)),
+            Err(error) => {
+                self.state = Mapped::Yes;
+                Err((self, error))
+            }
         }
     }
 
@@ -345,16 +362,19 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.mapped {
-            let (addr, size) = (self.addr, self.size);
-            // SAFETY: as in `unmap_now`; `mapped` says that it has not happened yet.
-            let unmapped = self
-                .reservation
-                .driver
-                .cleanup_in_drop(Verb::Unmap, |driver| unsafe { driver.unmap(addr, size) });
-            if !unmapped {
-                self.reservation.lost.store(true, Ordering::Relaxed);
+        let unmapped = match self.state {
+            Mapped::No => true,
+            Mapped::Unknown => false,
+            Mapped::Yes => {
+                let (addr, size) = (self.addr, self.size);
+                // SAFETY: as in `unmap_now`; the state says that it has not happened yet.
+                self.reservation
+                    .driver
+                    .cleanup_in_drop(Verb::Unmap, |driver| unsafe { driver.unmap(addr, size) })
             }
+        };
+        if !unmapped {
+            self.reservation.lost.store(true, Ordering::Relaxed);
         }
     }
 }

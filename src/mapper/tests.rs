@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc;
 

@@ -2,10 +2,11 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use crate::error::{ErrorKind, Verb};
+use crate::error::{Error, ErrorKind, Verb};
 use crate::stats::snapshot::{ByteCounts, CallStats, ClassStats, Events, SlotCounts, Snapshot};
 use crate::units::{Bytes, SizeClass};
 
@@ -102,7 +103,7 @@ pub struct Counters {
     calls: [Call; Verb::ALL.len()],
     calls_beside: [Call; Verb::ALL.len()],
     refused_drops: Tally,
-    device_lost: AtomicBool,
+    device_lost: OnceLock<String>,
     failures: [Tally; ErrorKind::ALL.len()],
     pub free_extents: [Gauge; SizeClass::COUNT],
     pub mapped_extents: [Gauge; SizeClass::COUNT],
@@ -138,14 +139,14 @@ impl Counters {
         }
     }
 
-    /// Notes that a call of the driver found the device gone. It never comes back.
-    pub fn note_device_lost(&self) {
-        self.device_lost.store(true, Relaxed);
+    /// Notes that a call of the driver found the device gone, in its words. It never comes back.
+    pub fn note_device_lost(&self, error: &Error) {
+        self.device_lost.get_or_init(|| error.report());
     }
 
-    /// Whether a call of the driver found the device gone.
-    pub fn device_lost(&self) -> bool {
-        self.device_lost.load(Relaxed)
+    /// The words of the call of the driver that found the device gone, if one did.
+    pub fn device_lost(&self) -> Option<&str> {
+        self.device_lost.get().map(String::as_str)
     }
 
     /// Counts something that could not be given back.

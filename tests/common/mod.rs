@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use parking_lot::Mutex;
 use vattn::cache::ForeignEvent;
@@ -19,6 +20,7 @@ use vattn::{Fence, KvCache, SlotId, SlotTokens, TokenCount};
 #[cfg(feature = "cuda")]
 pub(crate) mod card;
 pub(crate) mod contents;
+pub(crate) mod gate;
 #[cfg(feature = "cuda")]
 pub(crate) mod kernels;
 pub(crate) mod shapes;
@@ -158,17 +160,30 @@ pub(crate) struct Watch {
     pub(crate) checked: Arc<Checked>,
     pub(crate) backend: Backend,
     seen: Arc<Mutex<Seen>>,
+    on_the_path: Arc<AtomicU64>,
 }
 
 impl Watch {
     pub(crate) fn new(backend: Backend, device_has: Option<Bytes>) -> Self {
         let options = CheckedOptions { budget: device_has, ..CheckedOptions::TEST };
-        Self { checked: Checked::new(backend.driver(), options), backend, seen: Arc::default() }
+        let checked = Checked::new(backend.driver(), options);
+        Self { checked, backend, seen: Arc::default(), on_the_path: Arc::default() }
     }
 
     /// As the cache takes it.
     pub(crate) fn driver(&self) -> Arc<dyn Driver> {
         Arc::new(self.clone())
+    }
+
+    /// Calls that move memory, by others than a mapper.
+    pub(crate) fn on_the_path(&self) -> u64 {
+        self.on_the_path.load(Relaxed)
+    }
+
+    fn count(&self) {
+        if !gate::is_mapper() {
+            self.on_the_path.fetch_add(1, Relaxed);
+        }
     }
 
     /// Has every stream's work end as soon as anybody waits for any: a lone thread never hangs.
@@ -279,6 +294,7 @@ unsafe impl Driver for Watch {
     }
 
     fn memory_info(&self) -> Result<MemoryInfo> {
+        self.count();
         self.checked.memory_info()
     }
 
@@ -294,10 +310,12 @@ unsafe impl Driver for Watch {
     }
 
     fn create(&self, size: Bytes) -> Result<RawHandle> {
+        self.count();
         self.checked.create(size)
     }
 
     unsafe fn map(&self, addr: DeviceAddr, size: Bytes, handle: RawHandle) -> Result<()> {
+        self.count();
         // SAFETY: the caller's conditions are the callee's.
         unsafe { self.checked.map(addr, size, handle) }.inspect(|()| {
             self.seen.lock().mappings.insert(addr.get(), size.get());
@@ -305,11 +323,13 @@ unsafe impl Driver for Watch {
     }
 
     unsafe fn set_access(&self, addr: DeviceAddr, size: Bytes, access: Access) -> Result<()> {
+        self.count();
         // SAFETY: the caller's conditions are the callee's.
         unsafe { self.checked.set_access(addr, size, access) }
     }
 
     unsafe fn unmap(&self, addr: DeviceAddr, size: Bytes) -> Result<()> {
+        self.count();
         {
             let mut seen = self.seen.lock();
             let users = seen.used_by.get(&addr.get()).filter(|users| !users.is_empty()).cloned();
@@ -330,6 +350,7 @@ unsafe impl Driver for Watch {
     }
 
     unsafe fn release(&self, handle: RawHandle) -> Result<()> {
+        self.count();
         // SAFETY: the caller's condition is the callee's.
         unsafe { self.checked.release(handle) }
     }
