@@ -372,11 +372,11 @@ fn a_trim_returns_at_once_and_others_grow_until_its_fence_has_fired() {
     // Growth goes on, ahead of the steps.
     let (mapped, before) = (cache.snapshot().events.mapped_ahead, watch.on_the_path());
     for count in 61..=180 {
-        let due = cache.bytes().ahead < Bytes::new(4096 * 8);
         step(&cache, first, count).unwrap();
         contents::fill(&cache, first, 1, count - 1..count);
-        if due {
-            until(|| cache.bytes().ahead >= Bytes::new(4096 * 8));
+        let backed = cache.report().unwrap().slots[usize::try_from(first.index()).unwrap()].backed;
+        if backed < Bytes::new(1024 * (count + 16)) {
+            until(|| !cache.bytes().ahead.is_zero());
         }
     }
     assert!(cache.snapshot().events.mapped_ahead > mapped);

@@ -22,6 +22,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestCaseError, TestRng, TestRunner};
 use vattn::driver::{Live, Stream};
 use vattn::error::ErrorKind;
+use vattn::geometry::Background;
 use vattn::units::Bytes;
 use vattn::{Config, Fence, Geometry, KvCache, SlotId, SlotTokens};
 
@@ -54,17 +55,55 @@ enum Done {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Acquire { share: u64, stream: Option<u8> },
-    Step { picks: Vec<(usize, To)>, spoil: Option<(usize, Spoil)>, ask: bool },
-    Admit { shares: Vec<u64>, go: bool },
-    Retire { pick: usize, done: Vec<Done> },
-    RetireStale { pick: usize },
-    Truncate { pick: usize, thousandths: u64, done: Vec<Done> },
-    Reclaim { granules: u64, done: Vec<Done> },
-    Trim { thousandths: u64, done: Vec<Done> },
-    SetBudget { thousandths: u64 },
-    Hold { stream: u8 },
-    Fire { stream: u8 },
+    Acquire {
+        share: u64,
+        stream: Option<u8>,
+    },
+    Step {
+        picks: Vec<(usize, To)>,
+        spoil: Option<(usize, Spoil)>,
+        ask: bool,
+    },
+    Admit {
+        shares: Vec<u64>,
+        go: bool,
+    },
+    Retire {
+        pick: usize,
+        done: Vec<Done>,
+    },
+    RetireStale {
+        pick: usize,
+    },
+    Truncate {
+        pick: usize,
+        thousandths: u64,
+        done: Vec<Done>,
+    },
+    Reclaim {
+        granules: u64,
+        done: Vec<Done>,
+    },
+    Trim {
+        thousandths: u64,
+        done: Vec<Done>,
+    },
+    SetBudget {
+        thousandths: u64,
+    },
+    Hold {
+        stream: u8,
+    },
+    Fire {
+        stream: u8,
+    },
+    /// What the mapper would do by now; nothing where there is none.
+    Tend,
+    /// Memory for tokens that will come.
+    Prefetch {
+        pick: usize,
+        to: To,
+    },
 }
 
 fn to() -> impl Strategy<Value = To> {
@@ -122,6 +161,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0_u64..1300).prop_map(|thousandths| Op::SetBudget { thousandths }),
         2 => (0..STREAMS).prop_map(|stream| Op::Hold { stream }),
         1 => (0..STREAMS).prop_map(|stream| Op::Fire { stream }),
+        8 => Just(Op::Tend),
+        2 => (pick(), to()).prop_map(|(pick, to)| Op::Prefetch { pick, to }),
     ]
 }
 
@@ -466,6 +507,10 @@ impl World {
                     assert!(done.is_empty());
                     return;
                 };
+                if self.has_background() {
+                    assert_eq!(free, before.free);
+                    return self.catch_up();
+                }
                 let after = self.cache.bytes();
                 assert_eq!(free, after.free);
                 assert!(after.free - before.free >= bytes.min(before.parked), "{before:?} became {after:?}");
@@ -478,6 +523,17 @@ impl World {
                     assert!(done.is_empty());
                     return;
                 };
+                if self.has_background() {
+                    assert_eq!(held, before.held);
+                    self.catch_up();
+                    let after = self.cache.bytes();
+                    // Only what is mapped ahead, or would be again, is left beyond it.
+                    let idle = self.cache.report().unwrap().slots.iter().any(|slot| !slot.active);
+                    // Mapping ahead that the device puts an end to leaves what it had created.
+                    let all_went = !idle && (after.free.is_zero() || self.shape.device_has.is_some());
+                    assert!(after.held <= keep + after.ahead || all_went, "{after:?} is more than {keep}");
+                    return;
+                }
                 let after = self.cache.bytes();
                 assert_eq!(held, after.held);
                 assert!(held <= keep || held == after.mapped, "{after:?} is more than {keep}");
@@ -497,7 +553,28 @@ impl World {
             }
             Op::Hold { stream: number } => self.watch.hold(stream(*number)),
             Op::Fire { stream: number } => self.watch.fire(stream(*number)),
+            Op::Tend => {
+                let result = self.cache.tend();
+                assert_eq!(result.is_ok(), self.has_background(), "{result:?}");
+            }
+            Op::Prefetch { pick, to } => {
+                let entries = self.entries(&[(*pick, to.clone())], None);
+                let before = self.cache.bytes();
+                self.cache.prefetch(&entries).unwrap();
+                let after = self.cache.bytes();
+                assert_eq!((before.needed, before.mapped), (after.needed, after.mapped));
+            }
         }
+    }
+
+    fn has_background(&self) -> bool {
+        self.shape.background != Background::Off
+    }
+
+    /// Lets every stream come to its end, and the background with it.
+    fn catch_up(&self) {
+        (0..STREAMS).for_each(|number| self.watch.fire(stream(number)));
+        self.cache.flush().unwrap();
     }
 
     /// All books agree.
@@ -557,6 +634,9 @@ impl World {
                 self.used.remove(&id.index());
             }
             self.cache.trim(Bytes::ZERO, &[Fence::Idle]).unwrap();
+            if self.has_background() {
+                self.catch_up();
+            }
             self.check();
             assert_eq!(checked.live().events, 0, "nothing is parked");
             assert_eq!(self.cache.bytes().held, self.cache.bytes().mapped);
@@ -605,7 +685,9 @@ macro_rules! shapes {
     ($($name:ident)*) => {
         $(#[test]
         fn $name() {
-            sequences(&shapes::$name());
+            let shape = shapes::$name();
+            sequences(&shape);
+            sequences(&Shape { background: Background::Caller, ..shape });
         })*
 
         /// Ten thousand operations in all: ten shapes of a thousand each are there, at least.

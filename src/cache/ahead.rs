@@ -19,7 +19,7 @@ use crate::units::{Granules, wide};
 /// Growth is urgent once less than this part of the look-ahead is left.
 const URGENT_DIVISOR: u64 = 4;
 /// What may be mapped ahead at a time, of the budget, if nobody says.
-const AHEAD_DIVISOR: u64 = 16;
+const AHEAD_DIVISOR: u64 = 8;
 
 /// A run that is to be extended.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +40,8 @@ struct Found {
     fenced: bool,
     /// Slots for which this is not the time.
     paced: bool,
+    /// Slots that could not be given any.
+    starved: bool,
 }
 
 impl Core {
@@ -54,8 +56,17 @@ impl Core {
         }))
     }
 
-    /// Maps a few of the extents that slots will soon need.
+    /// Maps a few of the extents that slots need before long, or that were asked for.
     pub(super) fn grow(&self, pace: &mut Pace) -> Came {
+        self.grow_by(pace, false)
+    }
+
+    /// Maps a few of the extents that slots need within the next steps.
+    pub(super) fn grow_urgently(&self, pace: &mut Pace) -> Came {
+        self.grow_by(pace, true)
+    }
+
+    fn grow_by(&self, pace: &mut Pace, urgent: bool) -> Came {
         let hungry = self.table.lock().is_hungry();
         match hungry {
             (false, false) => return Came::ToNothing,
@@ -68,16 +79,18 @@ impl Core {
         let (found, work) = {
             let mut table = self.table.lock();
             let mut pool = self.pool.lock();
-            let found = self.look(&mut table, &pool, pace);
-            let work = plan(&mut table, &mut pool, &found.extensions);
-            (found, work)
+            let found = self.look(&mut table, &pool, pace, urgent);
+            let (work, missing) = plan(&mut table, &mut pool, &found.extensions);
+            (Found { starved: found.starved || missing, ..found }, work)
         };
         if work.is_empty() {
             return match found {
                 Found { fenced: true, .. } => Came::Fenced,
-                Found { paced: true, .. } => Came::Paced,
+                // Each step tells the mapper as long as any slot is due.
+                Found { paced: true, .. } if !pace.is_quiet() => Came::Paced,
                 // Those that were due could not be given any, and are not due any more.
-                Found { .. } => Came::Moved,
+                Found { starved: true, .. } => Came::Moved,
+                Found { .. } => Came::ToNothing,
             };
         }
         let places = work.places();
@@ -123,7 +136,7 @@ impl Core {
     }
 
     /// Finds the next few runs to extend.
-    fn look(&self, table: &mut SlotTable, pool: &Pool, pace: &mut Pace) -> Found {
+    fn look(&self, table: &mut SlotTable, pool: &Pool, pace: &mut Pace, urgent: bool) -> Found {
         let layout = table.layout();
         let due = table.due();
         let budget = pool.budget();
@@ -140,7 +153,11 @@ impl Core {
         let mut found = Found::default();
         for due in due {
             let is_open = table.state(due.slot) == State::Active;
-            let may_wait = self.may_wait() && !self.is_urgent(&due);
+            let is_urgent = self.is_urgent(&due);
+            let may_wait = self.may_wait() && !is_urgent && !due.wished;
+            if urgent && !is_urgent {
+                continue;
+            }
             if !is_open || (may_wait && (room.is_short() || share <= wide(found.extensions.len()))) {
                 found.paced = true;
                 continue;
@@ -165,6 +182,7 @@ impl Core {
             let nothing = found.extensions.len() == before;
             if (nothing && !found.fenced) || (enough == Step::Stop && found.extensions.len() < BATCH) {
                 table.starve(due.slot);
+                found.starved = true;
             }
             if found.extensions.len() == BATCH {
                 break;
@@ -174,7 +192,7 @@ impl Core {
     }
 
     fn is_urgent(&self, due: &Due) -> bool {
-        due.wished || due.left.get() < self.config.look_ahead().get() / URGENT_DIVISOR
+        !due.wished && due.left.get() < self.config.look_ahead().get() / URGENT_DIVISOR
     }
 }
 
@@ -216,7 +234,7 @@ fn extensions(
 }
 
 /// Plans them. A slot for which there are no extents is not looked at until memory is given up.
-fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> Work {
+fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> (Work, bool) {
     let limit = pool.budget();
     let among = Among::Fired { until: u64::MAX, ahead: false };
     let mut planner = Planner::beside_the_path(table, pool, limit, among);
@@ -249,5 +267,5 @@ fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> Work {
     if let Some(slot) = missing {
         table.starve(slot);
     }
-    work
+    (work, missing.is_some())
 }

@@ -1,7 +1,7 @@
 //! What is done beside the path of requests, in which order, and how much at a time.
 //!
-//! A turn does the first of these that there is: map what slots will soon need, the most urgent first;
-//! give memory up that was asked for; keep extents at hand. It moves a few extents, under the lock of
+//! A turn does the first of these that there is: map what slots need urgently; give memory up that was
+//! asked for; map what they will soon need; keep extents at hand. It moves a few extents, under the lock of
 //! rank 0 as everybody does, and gives that to whoever has waited longest. It never waits for a fence: it
 //! asks whether one has fired, and what has to wait is looked at again a little later.
 //!
@@ -34,7 +34,7 @@ const A_WHILE: Duration = Duration::from_millis(1);
 const SHARE: u64 = 16;
 /// or so large a part of all that are due.
 const SHARE_DIVISOR: u64 = 8;
-/// Without a step for so long the server is idle, and what is due may as well be done.
+/// Without a step for so long the server is idle, and what is due may as well be done at once.
 const IDLE: Duration = Duration::from_millis(50);
 
 /// What was asked for that the slot table does not know of.
@@ -56,6 +56,11 @@ pub(super) struct Goals {
 }
 
 impl Goals {
+    /// Whether memory is still to be given back to the device.
+    pub(super) fn is_trimming(&self) -> bool {
+        self.trim.is_some()
+    }
+
     /// What trims and reclaims that were not done yet wait for.
     pub(super) fn take_fences(&mut self) -> Vec<slot::Fence> {
         std::mem::take(&mut self.fences)
@@ -67,8 +72,9 @@ impl Goals {
 pub(super) struct Pace {
     step: u64,
     spent: u64,
+    /// When that step was first seen.
     since: Instant,
-    /// Whether a while without a step counts as one.
+    /// Whether it counts how long that was ago.
     by_time: bool,
 }
 
@@ -81,10 +87,15 @@ impl Default for Pace {
 impl Pace {
     /// Extents that may still be mapped ahead of need, after so many steps in all, of so many that are due.
     pub(super) fn left(&mut self, steps: u64, due: u64) -> u64 {
-        if steps != self.step || (self.by_time && self.since.elapsed() > IDLE) {
+        if steps != self.step {
             *self = Self { step: steps, spent: 0, since: Instant::now(), ..*self };
         }
-        SHARE.max(due / SHARE_DIVISOR).saturating_sub(self.spent)
+        if self.is_quiet() { u64::MAX } else { SHARE.max(due / SHARE_DIVISOR).saturating_sub(self.spent) }
+    }
+
+    /// Whether there has been no step for a while.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.by_time && self.since.elapsed() > IDLE
     }
 
     pub(super) fn spend(&mut self, extents: u64) {
@@ -104,6 +115,11 @@ pub(super) enum Came {
     /// There is none.
     ToNothing,
 }
+
+/// What there may be to do, the first first. What was asked to be given back is not mapped ahead of its
+/// need meanwhile, or the two would go on for ever.
+const JOBS: [fn(&Core, &mut Pace) -> Came; 5] =
+    [Core::grow_urgently, Core::let_go_eagerly, Core::give_back, Core::grow, Core::stock];
 
 impl Core {
     /// Starts the thread.
@@ -193,7 +209,7 @@ impl Core {
         }
         beside_the_path(|| {
             let mut came = Vec::new();
-            for job in [Self::grow, Self::let_go_eagerly, Self::give_back, Self::stock] {
+            for job in JOBS {
                 match job(self, pace) {
                     Came::Moved => return Turn::Again,
                     other => came.push(other),
@@ -369,7 +385,8 @@ impl Core {
             return Came::Fenced;
         }
         let until = trim.into_iter().chain(free).map(|(_, until)| until).max().unwrap_or(0);
-        let among = Among::Fired { until, ahead: true };
+        // What was mapped ahead would only be mapped again.
+        let among = Among::Fired { until, ahead: false };
         let moves = self.moves.lock();
         if !tried {
             self.clear_quarantined(|planner| planner.clear_unfenced());

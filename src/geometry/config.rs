@@ -282,7 +282,7 @@ impl Config {
         self.look_ahead
     }
 
-    /// How much may be mapped ahead at a time, for all slots together; `None` is a sixteenth of the
+    /// How much may be mapped ahead at a time, for all slots together; `None` is an eighth of the
     /// budget.
     #[must_use]
     pub const fn look_ahead_budget(&self) -> Option<Bytes> {
@@ -383,8 +383,8 @@ impl ConfigBuilder {
     }
 
     /// How much may be mapped ahead at a time, for all slots together. It counts as parked: whoever
-    /// needs it may take it, so it never stands in the way of a step or of an admission. Default: a
-    /// sixteenth of the budget.
+    /// needs it may take it, so it never stands in the way of a step or of an admission. Default: an
+    /// eighth of the budget.
     pub const fn look_ahead_budget(mut self, bytes: Bytes) -> Self {
         self.config.look_ahead_budget = Some(bytes);
         self

@@ -43,13 +43,15 @@ impl SlotTable {
 
     fn describe_due(&self, slot: u32) -> Due {
         let (record, tokens) = (&self.records[index(slot)], self.tokens(slot));
-        let target = record.wish.max(if tokens.is_zero() { tokens } else { tokens + self.look_ahead });
-        Due {
-            slot,
-            left: self.memory_left(slot),
-            target: target.min(self.layout.max_tokens()),
-            wished: tokens.is_zero() || tokens + self.look_ahead < record.wish,
-        }
+        let wished = tokens.is_zero() || tokens + self.look_ahead < record.wish;
+        let end = self.memory_up_to(slot);
+        // Who is told of at all gets something: the first group is told of just where its target ends.
+        let target = if wished {
+            record.wish
+        } else {
+            (tokens + self.look_ahead).max(TokenCount::new(end.get().saturating_add(1)))
+        };
+        Due { slot, left: end.saturating_sub(tokens), target: target.min(self.layout.max_tokens()), wished }
     }
 
     /// Whether any slot will soon need more memory, and whether some would if there were any to be had.
@@ -94,7 +96,6 @@ impl SlotTable {
         if his {
             record.runs[place.tensor].add_ahead(pieces);
         }
-        self.renew_age(place.slot);
     }
 
     /// A step came to the point where the mapper is told of some of its slots.
@@ -177,11 +178,6 @@ impl SlotTable {
             }
             Growth::Starved => self.starved.push(slot),
         }
-    }
-
-    /// Tokens that a slot can still grow by with what it has.
-    pub(crate) fn memory_left(&self, slot: u32) -> TokenCount {
-        self.memory_up_to(slot).saturating_sub(self.tokens(slot))
     }
 
     /// The tokens up to which a slot has memory that a step would use: exact up to where the mapper would

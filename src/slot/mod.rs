@@ -34,7 +34,7 @@ pub(crate) use fence::{Fence, add as add_fences};
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
@@ -447,6 +447,9 @@ impl SlotTable {
         self.tokens += TokenCount::new(more);
         if due {
             self.note_due(entries);
+        }
+        if !self.due.is_empty() {
+            self.alert.store(true, Ordering::Relaxed);
         }
         self.count_tokens();
     }

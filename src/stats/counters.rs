@@ -180,6 +180,8 @@ impl Counters {
 
     /// All of it as plain data.
     pub fn snapshot(&self) -> Snapshot {
+        // Counted last and read first, so that it is never more than all.
+        let background = by_verb(&self.calls_beside);
         Snapshot {
             bytes: self.bytes(),
             slots: SlotCounts {
@@ -195,7 +197,7 @@ impl Counters {
                 })
                 .collect(),
             driver: by_verb(&self.calls),
-            background: by_verb(&self.calls_beside),
+            background,
             events: Events {
                 steps: self.steps.get(),
                 acquired: self.acquired.get(),
