@@ -14,6 +14,9 @@
 //!                                                          every policy and on every device
 //! ```
 //!
+//! `lockstep`, `sync-vs-async` and `churn` serve in real time, with kernels between the steps, and beside
+//! them works the mapper. The others time calls for their own sake, on caches without one.
+//!
 //! `VATTN_BENCH_DEVICE=host|cuda|ledger` names one device, `VATTN_REQUIRE_GPU=1` makes a missing card a
 //! failure, and `VATTN_TRACES` is the folder of the request traces (`../shared/traces`). A scenario stops
 //! early when its time is up, and then says so. Without `--bench`, which `cargo bench` passes, everything

@@ -5,11 +5,13 @@
 //! The memory of each [`Manager`] is watched by a driver of the bench's own ([`Recorder`]), which tells what
 //! is called on the serving thread from what is called elsewhere.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use vattn::driver::owned::DriverHandle;
+use vattn::error::Verb;
 use vattn::geometry::Background;
-use vattn::stats::Counters;
+use vattn::stats::{CallStats, Counters};
 use vattn::units::TokenCount;
 use vattn::{Config, KvCache, Result};
 use vattn_baselines::{Mapping, Policy, RequestId, Vattention};
@@ -112,13 +114,10 @@ impl Manager {
                 let background = if self.has_thread() { Background::Thread } else { Background::Off };
                 let config = config.to_builder().background(background).build().unwrap();
                 let cache = KvCache::new(config, watch.clone()).unwrap();
-                return serve(
-                    bench,
-                    &mut Vattn::on(&cache, bench.target.work.stream()),
-                    &watch,
-                    load,
-                    kernels,
-                );
+                let mut policy = Vattn::on(&cache, bench.target.work.stream());
+                let served = serve(bench, &mut policy, &watch, load, kernels);
+                agree(&cache, &watch);
+                return served;
             }
             Self::Vattention => Mapping::Synchronous,
             Self::VattentionAhead => Mapping::Ahead,
@@ -128,6 +127,18 @@ impl Manager {
         let mut policy = Vattention::new(&handle, &shape, mapping).unwrap();
         serve(bench, &mut policy, &watch, load, kernels)
     }
+}
+
+/// The library's own counters say the same.
+fn agree(cache: &KvCache, watch: &Recorder) {
+    cache.flush().unwrap();
+    let (counted, made) = (cache.snapshot(), watch.made());
+    let moves = [Verb::Create, Verb::Map, Verb::SetAccess, Verb::Unmap, Verb::Release];
+    let sum = |calls: &BTreeMap<Verb, CallStats>| -> u64 {
+        moves.iter().map(|verb| calls[verb].calls - calls[verb].failed).sum()
+    };
+    let (all, beside) = (sum(&counted.driver), sum(&counted.background));
+    assert_eq!((all - beside, beside), (made.moves, made.moves_beside), "calls on the path, and beside it");
 }
 
 /// Calls, and adds the time that it took.
