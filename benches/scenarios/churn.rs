@@ -3,9 +3,10 @@
 //! Asked because memory that stays mapped is to serve the next request, and what is missing is to be mapped
 //! beside the serving thread. Requests with the lengths of the Azure trace come and go, 64 to 128 at a time,
 //! in a budget that is more than twice what they fill. A request is given a slot, and its prompt's memory is
-//! asked for, an iteration before it is admitted; `ready` are those admitted without a call that moves
-//! memory. An iteration's kernels last 2 ms (1 ms where there is no card), a tenth of a model's: that is how
-//! much less time the mapper has than it would have in earnest.
+//! asked for, an iteration before it is admitted. `ready` are those admitted without a call that moves
+//! memory; `in all a request` counts such calls on every thread, and `by thousands` says what it was in each
+//! thousand requests. An iteration's kernels last 2 ms (1 ms where there is no card), a tenth of a model's:
+//! so much less time has the mapper than in earnest.
 
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ const WAVE: usize = 1_024;
 const KERNELS: Duration = Duration::from_millis(2);
 const A_REQUEST: f64 = 0.1;
 
-const COLUMNS: [&str; 14] = [
+const COLUMNS: [&str; 15] = [
     "layout",
     "kernels µs",
     "admitted",
@@ -35,6 +36,7 @@ const COLUMNS: [&str; 14] = [
     "calls beside",
     "in all a request",
     "goal of all",
+    "by thousands",
     "fence calls",
     "step µs",
     "worst µs",
@@ -69,10 +71,11 @@ fn at_once(iteration: usize) -> usize {
     LEAST + (MOST - LEAST) * up.min(WAVE - up) / (WAVE / 2)
 }
 
-fn cells(bench: &Bench<'_>, layout: &str, served: &Served) -> [Cell; 14] {
+fn cells(bench: &Bench<'_>, layout: &str, served: &Served) -> [Cell; 15] {
     let made = served.made;
     let count = |count: u64| f64::from(u32::try_from(count).unwrap());
     let a_request = count(made.moves + made.moves_beside) / count(wide(served.admitted.max(1)));
+    let thousands = served.by_thousands.iter().map(|calls| format!("{:.2}", count(*calls) / 1e3));
     [
         Cell::text(layout),
         Cell::Time(served.kernels),
@@ -83,6 +86,7 @@ fn cells(bench: &Bench<'_>, layout: &str, served: &Served) -> [Cell; 14] {
         Cell::Count(made.moves_beside),
         Cell::Number(a_request),
         Cell::goal(!bench.test, format!("< {A_REQUEST}"), a_request < A_REQUEST),
+        Cell::text(thousands.collect::<Vec<_>>().join(", ")),
         Cell::Count(made.fences),
         Cell::Time(served.steps.median()),
         Cell::Time(served.steps.max()),

@@ -73,6 +73,8 @@ pub(crate) struct Served {
     pub(crate) calls: Samples,
     pub(crate) made: Made,
     pub(crate) admitted: usize,
+    /// Calls that move memory, on any thread, by thousands of admissions.
+    pub(crate) by_thousands: Vec<u64>,
     /// Admissions for which no memory had to be moved on the serving thread.
     pub(crate) ready: usize,
     pub(crate) most_at_once: usize,
@@ -189,6 +191,11 @@ fn serve(
             );
             served.ready += usize::from(watch.made().moves == moves);
             served.admitted += 1;
+            if served.admitted % 1_000 == 0 {
+                let made = watch.made() - before;
+                let so_far = served.by_thousands.iter().sum::<u64>();
+                served.by_thousands.push(made.moves + made.moves_beside - so_far);
+            }
             active.push(request);
         }
         if (active.is_empty() && announced.is_empty()) || bench.limit.is_over() {
