@@ -66,6 +66,7 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
             [("a stream", Fence::Stream(Stream::LEGACY), Some(Stream::LEGACY)), ("idle", Fence::Idle, None)]
         {
             let (mut taken, mut left) = (Samples::default(), Samples::default());
+            cache.flush().unwrap();
             let before = cache.snapshot();
             while taken.count() < turns && !bench.limit.is_over() {
                 let prompt = tokens(2_048 - wide(taken.count()) % 200);
@@ -76,6 +77,7 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
                 });
                 left.time(|| cache.retire(slot, &[fence])).unwrap();
             }
+            cache.flush().unwrap();
             let after = cache.snapshot();
             assert_eq!(after.events.adopted - before.events.adopted, wide(taken.count()), "all were adopted");
             let on_the_path = |at: &Snapshot, verb| at.driver[&verb].calls - at.background[&verb].calls;
