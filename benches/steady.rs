@@ -14,7 +14,7 @@
 //!
 //! The model is Llama-3-8B with all layers in one tensor, K and V apart. The driver is the one that
 //! keeps books and maps nothing, so that 16,384 slots of memory fit any machine; what is timed is the
-//! same code on every driver. `step` is measured on the host driver too, which shows that. Beside
+//! same code on every driver. There is no mapper, which would map beside what is timed. `step` is measured on the host driver too, which shows that. Beside
 //! `step` stands the policy of vAttention, without and with the thread that it starts in every step.
 //!
 //! `benches/record.sh` keeps the medians of a run under `benches/record/`.
@@ -32,6 +32,7 @@ use vattn::driver::Driver;
 use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::driver::owned::DriverHandle;
 use vattn::error::Verb;
+use vattn::geometry::Background;
 use vattn::stats::Counters;
 use vattn::units::{Bytes, SlotId, TokenCount};
 use vattn::{Config, Fence, Geometry, KvCache, SlotTokens};
@@ -52,6 +53,7 @@ fn config(slots: u32, budget: Bytes) -> Config {
         .max_slots(slots)
         .max_tokens(TokenCount::new(32_768))
         .budget(budget)
+        .background(Background::Off)
         .build()
         .unwrap()
 }

@@ -12,6 +12,7 @@ use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::units::Bytes;
 
 use super::bare::Bare;
+use super::work::Work;
 
 const GRANULE: Bytes = Bytes::mib(2);
 /// As on a card. What is mapped and not touched takes no memory of the host.
@@ -24,11 +25,12 @@ pub struct Target {
     pub what: String,
     pub driver: Arc<dyn Driver>,
     pub bare: Bare,
+    pub work: Work,
 }
 
 impl Target {
     fn new(name: &'static str, what: String, driver: Arc<dyn Driver>) -> Self {
-        Self { name, what, bare: Bare::new(Arc::clone(&driver)), driver }
+        Self { name, what, bare: Bare::new(Arc::clone(&driver)), driver, work: Work::Pause }
     }
 
     /// Whether the goals, which are figures of a card, are asked of it.
@@ -91,7 +93,9 @@ fn cuda() -> Option<Target> {
     let version = driver_version().map_or("?".into(), |(major, minor)| format!("{major}.{minor}"));
     let what = format!("{} ({device}), CUDA {version} by its driver", name.unwrap_or_default());
     let bare = Bare::of_cuda(&driver);
-    Some(Target { name: "cuda", what, driver, bare })
+    // In the context that is current since then.
+    let work = Work::Kernel(super::work::Spin::new());
+    Some(Target { name: "cuda", what, driver, bare, work })
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -15,10 +15,13 @@ const LONGEST: Duration = Duration::from_millis(200);
 pub const NOTE: &str = "Between a release and the next create that is timed, ours and bare alike, the card had a \
      pause off the clock: 8 µs for each MiB released, 200 ms at the most.";
 
-/// Waits until so much memory, just released, is as good as any. Awake, since a sleeper wakes to a slow
-/// clock and cold caches.
+/// Waits until so much memory, just released, is as good as any.
 pub fn after_release(released: Bytes) {
-    let pause = (A_MIB * u32::try_from(released.get() >> 20).unwrap_or(u32::MAX)).min(LONGEST);
+    awake((A_MIB * u32::try_from(released.get() >> 20).unwrap_or(u32::MAX)).min(LONGEST));
+}
+
+/// Waits. Awake, since a sleeper wakes to a slow clock and cold caches.
+pub fn awake(pause: Duration) {
     let start = Instant::now();
     while start.elapsed() < pause {
         std::hint::spin_loop();

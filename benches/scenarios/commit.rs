@@ -8,7 +8,7 @@
 //! once as their times say.
 
 use vattn::error::Verb;
-use vattn::geometry::{Commit, LayoutChoice, LayoutKind};
+use vattn::geometry::{Background, Commit, LayoutChoice, LayoutKind};
 use vattn::units::Bytes;
 use vattn::{Config, KvCache};
 
@@ -80,6 +80,7 @@ fn config(layout: LayoutChoice, budget: Bytes) -> Config {
         .max_tokens(tokens(32_768))
         .budget(budget)
         .commit(Commit::Whole)
+        .background(Background::Off)
         .build()
         .unwrap()
 }

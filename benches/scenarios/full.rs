@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 
 use vattn::driver::RawHandle;
-use vattn::geometry::Commit;
+use vattn::geometry::{Background, Commit};
 use vattn::units::Bytes;
 use vattn::{Config, ErrorKind, Fence, KvCache, SlotTokens};
 
@@ -177,6 +177,7 @@ fn churn(bench: &Bench<'_>, budget: Bytes, commit: Commit, load: u64) -> Done {
         .max_tokens(tokens(32_768))
         .budget(budget)
         .commit(commit)
+        .background(Background::Off)
         .build()
         .unwrap();
     let (cache, recorded) = recorder.record(|| KvCache::new(config, recorder.clone()).unwrap());

@@ -10,7 +10,12 @@
 //! cargo bench --bench scenarios -- --json FILE             the tables as JSON, too
 //! cargo bench --bench scenarios -- --runs 51 --strict      so many runs of each row, not as many as the
 //!                                                          scenario has; exit code 1 if a goal is missed
+//! cargo bench --bench scenarios -- --step-ms 20 lockstep   kernels of an iteration last so long, for
+//!                                                          every policy and on every device
 //! ```
+//!
+//! `lockstep`, `sync-vs-async` and `churn` serve in real time, with kernels between the steps, and beside
+//! them works the mapper. The others time calls for their own sake, on caches without one.
 //!
 //! `VATTN_BENCH_DEVICE=host|cuda|ledger` names one device, `VATTN_REQUIRE_GPU=1` makes a missing card a
 //! failure, and `VATTN_TRACES` is the folder of the request traces (`../shared/traces`). A scenario stops
@@ -20,16 +25,20 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a bench may panic, and has no callers")]
 
 mod adopt;
+mod churn;
 mod commit;
 #[path = "../common/mod.rs"]
 mod common;
 mod full;
+mod lockstep;
 mod prompts;
 mod recorder;
 mod reserve;
 mod resizes;
 mod server;
+mod serving;
 mod steps;
+mod sync_vs_async;
 mod table;
 mod timing;
 mod trace;
@@ -37,6 +46,7 @@ mod traces;
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vattn::geometry::{KvOrder, LayoutChoice, LayoutKind};
 use vattn::units::{Bytes, TokenCount};
@@ -52,6 +62,8 @@ struct Bench<'a> {
     target: &'a Target,
     /// How often each row is measured, where that is not left to the scenario.
     runs: Option<usize>,
+    /// How long the kernels of an iteration last, where that is not left to the scenario.
+    kernels: Option<Duration>,
     /// Once, and small: it is only to be seen that it works.
     test: bool,
     limit: Limit,
@@ -68,6 +80,13 @@ impl Bench<'_> {
     /// line says nothing else, and thrice at least if the time is up.
     fn again(&self, done: usize, own: usize) -> bool {
         done < self.runs.unwrap_or(own) && !(done >= 3 && self.limit.is_over())
+    }
+
+    /// How long the kernels of an iteration last: `own` on a card. Where there is none, calls that move
+    /// memory take some twentieth of the time, too.
+    fn iteration(&self, own: Duration) -> Duration {
+        let elsewhere = Duration::from_micros(if self.test { 50 } else { 1_000 });
+        self.kernels.unwrap_or(if self.target.is_card() { own } else { own.min(elsewhere) })
     }
 
     /// Says in a table that [`settle`](Self::settle) was called.
@@ -91,7 +110,7 @@ struct Scenario {
     run: fn(&Bench<'_>) -> Vec<Table>,
 }
 
-const SCENARIOS: [Scenario; 7] = [
+const SCENARIOS: [Scenario; 10] = [
     Scenario { name: "prompts", seconds: 80, run: prompts::run },
     Scenario { name: "adopt", seconds: 5, run: adopt::run },
     Scenario { name: "reserve", seconds: 5, run: reserve::run },
@@ -99,6 +118,9 @@ const SCENARIOS: [Scenario; 7] = [
     Scenario { name: "commit", seconds: 35, run: commit::run },
     Scenario { name: "traces", seconds: 25, run: traces::run },
     Scenario { name: "full", seconds: 58, run: full::run },
+    Scenario { name: "lockstep", seconds: 240, run: lockstep::run },
+    Scenario { name: "sync-vs-async", seconds: 120, run: sync_vs_async::run },
+    Scenario { name: "churn", seconds: 90, run: churn::run },
 ];
 
 /// Layers and parts that share a tensor, by the names that tables use.
@@ -129,12 +151,14 @@ struct Args {
     names: Vec<String>,
     json: Option<String>,
     runs: Option<usize>,
+    kernels: Option<Duration>,
     strict: bool,
     test: bool,
 }
 
 fn arguments() -> Result<Args, String> {
-    let mut args = Args { names: Vec::new(), json: None, runs: None, strict: false, test: true };
+    let mut args =
+        Args { names: Vec::new(), json: None, runs: None, kernels: None, strict: false, test: true };
     let mut given = std::env::args().skip(1);
     while let Some(argument) = given.next() {
         let mut value = |what: &str| given.next().ok_or(format!("{argument} needs {what} after it"));
@@ -148,6 +172,13 @@ fn arguments() -> Result<Args, String> {
                 let number = runs.parse().ok().filter(|runs| *runs > 0);
                 args.runs = Some(number.ok_or(format!(
                     "--runs {runs} is no number of runs; use 1 or more, or leave it out for what each row needs"
+                ))?);
+            }
+            "--step-ms" => {
+                let step = value("a number")?;
+                let number = step.parse().ok().filter(|step| (0.01..=1e6).contains(step));
+                args.kernels = Some(number.map(|step: f64| Duration::from_secs_f64(step / 1e3)).ok_or(format!(
+                    "--step-ms {step} is no time from 0.01 to 1,000,000 ms; leave it out for what each scenario has"
                 ))?);
             }
             name if SCENARIOS.iter().any(|scenario| scenario.name == name) => args.names.push(name.into()),
@@ -187,7 +218,8 @@ fn main() -> ExitCode {
             .filter(|scenario| args.names.is_empty() || args.names.iter().any(|name| name == scenario.name));
         for scenario in chosen {
             let limit = Limit::seconds(scenario.seconds);
-            let bench = Bench { target: &target, runs: args.runs, test: args.test, limit };
+            let Args { runs, kernels, test, .. } = args;
+            let bench = Bench { target: &target, runs, kernels, test, limit };
             let done = (scenario.run)(&bench);
             println!("\n### {}\n", scenario.name);
             for table in done {

@@ -3,7 +3,7 @@
 //!
 //! Asked because a prompt is the one moment at which a server waits for much memory at once. Warm, the
 //! extents are at hand; cold, they are created. The bare calls are those that the timed step itself
-//! makes, written down once and played on the driver: the same sizes at the same addresses, warm with
+//! makes (there is no mapper), written down once and played on the driver: the same sizes at the same addresses, warm with
 //! the very same handles. Ours and the bare calls take turns, and who is first changes each time. What
 //! empties the slot in between is not timed; each run is checked to have created nothing (warm), or all
 //! that it mapped (cold). Where memory was released for a cold run, the card gets a pause before the next,
@@ -15,7 +15,7 @@
 use std::time::Duration;
 
 use vattn::error::Verb;
-use vattn::geometry::LayoutChoice;
+use vattn::geometry::{Background, LayoutChoice};
 use vattn::layout::Layout;
 use vattn::stats::Counters;
 use vattn::units::Bytes;
@@ -136,6 +136,7 @@ fn config(layout: LayoutChoice, budget: Bytes) -> Config {
         .max_slots(1)
         .max_tokens(tokens(MOST_TOKENS))
         .budget(budget)
+        .background(Background::Off)
         .build()
         .unwrap()
 }

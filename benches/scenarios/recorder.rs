@@ -1,10 +1,13 @@
-//! A driver that writes down, while it is asked to, which calls that move memory are made of it.
+//! A driver that counts which calls are made of it on the serving thread and elsewhere, and writes down,
+//! while it is asked to, those that move memory.
 
 #![allow(unsafe_code, reason = "implements the seam's unsafe trait by handing every call on")]
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ops::Sub;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::{self, ThreadId};
 
 use vattn::driver::{Access, Driver, DriverInfo, MemoryInfo, RawEvent, RawHandle, Stream};
 use vattn::error::Result;
@@ -22,17 +25,63 @@ pub(crate) enum Call {
     Release { handle: RawHandle },
 }
 
+/// How many calls succeeded so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Made {
+    /// Those that move memory, on the serving thread.
+    pub(crate) moves: u64,
+    /// The same on other threads.
+    pub(crate) moves_beside: u64,
+    /// Those of fences, on the serving thread.
+    pub(crate) fences: u64,
+}
+
+impl Sub for Made {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            moves: self.moves - before.moves,
+            moves_beside: self.moves_beside - before.moves_beside,
+            fences: self.fences - before.fences,
+        }
+    }
+}
+
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Recorder {
     inner: Arc<dyn Driver>,
+    serving: ThreadId,
+    moves: AtomicU64,
+    moves_beside: AtomicU64,
+    fences: AtomicU64,
     on: AtomicBool,
     calls: Mutex<Vec<Call>>,
 }
 
 impl Recorder {
+    /// The serving thread is the one that calls this.
     pub(crate) fn new(inner: Arc<dyn Driver>) -> Arc<Self> {
-        Arc::new(Self { inner, on: AtomicBool::new(false), calls: Mutex::default() })
+        Arc::new(Self {
+            inner,
+            serving: thread::current().id(),
+            moves: AtomicU64::new(0),
+            moves_beside: AtomicU64::new(0),
+            fences: AtomicU64::new(0),
+            on: AtomicBool::new(false),
+            calls: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn made(&self) -> Made {
+        let [moves, moves_beside, fences] =
+            [&self.moves, &self.moves_beside, &self.fences].map(|count| count.load(Ordering::Relaxed));
+        Made { moves, moves_beside, fences }
+    }
+
+    fn is_serving(&self) -> bool {
+        thread::current().id() == self.serving
     }
 
     /// Writes down what is called during `run`.
@@ -44,8 +93,16 @@ impl Recorder {
     }
 
     fn note(&self, call: Call) {
+        let count = if self.is_serving() { &self.moves } else { &self.moves_beside };
+        count.fetch_add(1, Ordering::Relaxed);
         if self.on.load(Ordering::Relaxed) {
             self.calls.lock().unwrap().push(call);
+        }
+    }
+
+    fn note_fence(&self) {
+        if self.is_serving() {
+            self.fences.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
@@ -98,30 +155,36 @@ unsafe impl Driver for Recorder {
     }
 
     fn record_event(&self, stream: Stream) -> Result<RawEvent> {
+        self.note_fence();
         self.inner.record_event(stream)
     }
 
     unsafe fn follow_event(&self, event: RawEvent) -> Result<RawEvent> {
+        self.note_fence();
         // SAFETY: the caller's condition is the callee's.
         unsafe { self.inner.follow_event(event) }
     }
 
     unsafe fn query_event(&self, event: RawEvent) -> Result<bool> {
+        self.note_fence();
         // SAFETY: the caller's condition is the callee's.
         unsafe { self.inner.query_event(event) }
     }
 
     unsafe fn wait_event(&self, event: RawEvent) -> Result<()> {
+        self.note_fence();
         // SAFETY: the caller's condition is the callee's.
         unsafe { self.inner.wait_event(event) }
     }
 
     unsafe fn stream_wait(&self, stream: Stream, event: RawEvent) -> Result<()> {
+        self.note_fence();
         // SAFETY: the caller's condition is the callee's.
         unsafe { self.inner.stream_wait(stream, event) }
     }
 
     unsafe fn destroy_event(&self, event: RawEvent) -> Result<()> {
+        self.note_fence();
         // SAFETY: the caller's condition is the callee's.
         unsafe { self.inner.destroy_event(event) }
     }

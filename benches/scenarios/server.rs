@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use vattn::driver::Stream;
 use vattn::units::TokenCount;
 use vattn::{ErrorKind, Fence, KvCache, Result, SlotId, SlotTokens};
 use vattn_baselines::{Policy, RequestId, Usage};
@@ -95,13 +96,36 @@ fn step(
 #[derive(Debug)]
 pub(crate) struct Vattn<'a> {
     cache: &'a KvCache,
+    /// Where the kernels run that use the memory; `None`: there are none.
+    stream: Option<Stream>,
     slots: Vec<Option<SlotId>>,
     entries: Vec<SlotTokens>,
 }
 
 impl<'a> Vattn<'a> {
     pub(crate) fn new(cache: &'a KvCache) -> Self {
-        Self { cache, slots: Vec::new(), entries: Vec::new() }
+        Self { cache, stream: None, slots: Vec::new(), entries: Vec::new() }
+    }
+
+    pub(crate) fn on(cache: &'a KvCache, stream: Stream) -> Self {
+        Self { stream: Some(stream), ..Self::new(cache) }
+    }
+
+    /// Gives a request a slot and has its prompt mapped by the time when it is admitted.
+    pub(crate) fn announce(&mut self, request: RequestId, prompt: TokenCount) -> Result<()> {
+        let slot = self.acquire(request, prompt)?;
+        self.cache.prefetch(&[SlotTokens::new(slot, prompt)])
+    }
+
+    fn acquire(&mut self, request: RequestId, prompt: TokenCount) -> Result<SlotId> {
+        let slot = self.cache.acquire(prompt, self.stream)?;
+        self.slots.resize(self.slots.len().max(request.index() + 1), None);
+        self.slots[request.index()] = Some(slot);
+        Ok(slot)
+    }
+
+    fn has_slot(&self, request: RequestId) -> bool {
+        self.slots.get(request.index()).is_some_and(Option::is_some)
     }
 
     fn slot(&self, request: RequestId) -> SlotId {
@@ -119,14 +143,13 @@ impl Policy for Vattn<'_> {
     }
 
     fn admit(&mut self, request: RequestId, prompt: TokenCount) -> Result<bool> {
-        if self.cache.admits(&[prompt]) == 0 {
-            return Ok(false);
+        if !self.has_slot(request) {
+            if self.cache.admits(&[prompt]) == 0 {
+                return Ok(false);
+            }
+            self.acquire(request, prompt)?;
         }
-        let slot = self.cache.acquire(prompt, None)?;
-        self.cache.step(&[SlotTokens::new(slot, prompt)])?;
-        self.slots.resize(self.slots.len().max(request.index() + 1), None);
-        self.slots[request.index()] = Some(slot);
-        Ok(true)
+        self.step(&[(request, prompt)])
     }
 
     fn step(&mut self, totals: &[(RequestId, TokenCount)]) -> Result<bool> {
@@ -143,7 +166,9 @@ impl Policy for Vattn<'_> {
     }
 
     fn retire(&mut self, request: RequestId) -> Result<()> {
-        self.cache.retire(self.slot(request), &[Fence::Idle])
+        self.cache.retire(self.slot(request), &[self.stream.map_or(Fence::Idle, Fence::Stream)])?;
+        self.slots[request.index()] = None;
+        Ok(())
     }
 
     fn usage(&self) -> Usage {

@@ -14,7 +14,7 @@
 use std::time::Duration;
 
 use vattn::error::Verb;
-use vattn::geometry::Commit;
+use vattn::geometry::{Background, Commit};
 use vattn::units::{Bytes, TokenCount};
 use vattn::{Config, Fence, KvCache, SlotTokens};
 
@@ -70,6 +70,7 @@ fn cache(bench: &Bench<'_>, slots: usize) -> KvCache {
         .max_tokens(tokens(32_768))
         .budget(bench.budget(Bytes::gib(64)))
         .commit(Commit::Whole)
+        .background(Background::Off)
         .build()
         .unwrap();
     KvCache::new(config, Arc::clone(&bench.target.driver)).unwrap()

@@ -24,8 +24,21 @@ impl Samples {
         self.0.last().copied().unwrap_or_default()
     }
 
+    pub(crate) fn first(&self) -> Duration {
+        self.0.first().copied().unwrap_or_default()
+    }
+
+    /// All but the first.
+    pub(crate) fn after_first(&self) -> Self {
+        Self(self.0.get(1..).unwrap_or_default().to_vec())
+    }
+
     pub(crate) fn count(&self) -> usize {
         self.0.len()
+    }
+
+    pub(crate) fn sum(&self) -> Duration {
+        self.0.iter().sum()
     }
 
     /// The sample that so many of 1,000 lie below; zero of none.

@@ -1,9 +1,10 @@
-//! Requests: the first of the Azure conversation trace, or made-up ones where it is not there.
+//! Requests: the first of a trace, or made-up ones where it is not there.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-const FILE: &str = "azure_llm_2023_conv.csv";
+const AZURE: &str = "azure_llm_2023_conv.csv";
+const SYNC_VS_ASYNC: &str = "sync_vs_async.csv";
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Request {
@@ -24,24 +25,33 @@ pub(crate) fn made_up(number: u64) -> Request {
     }
 }
 
-/// The first requests, and where they are from.
+/// The first requests of the Azure conversation trace, and where they are from.
 pub(crate) fn first(count: usize) -> (String, Vec<Request>) {
+    read(AZURE, count, azure)
+}
+
+/// Those of the trace with which vAttention's artifact shows what it costs to allocate as one goes along.
+pub(crate) fn first_without_times(count: usize) -> (String, Vec<Request>) {
+    read(SYNC_VS_ASYNC, count, without_time)
+}
+
+fn read(file: &str, count: usize, line: fn(&str) -> Option<Request>) -> (String, Vec<Request>) {
     let folder = std::env::var_os("VATTN_TRACES").map_or("../shared/traces".into(), PathBuf::from);
-    let read = std::fs::read_to_string(folder.join(FILE));
-    match read.map_err(|error| error.to_string()).and_then(|text| parse(&text, count)) {
-        Ok(requests) => (format!("{} requests of {FILE}", requests.len()), requests),
+    let read = std::fs::read_to_string(folder.join(file));
+    match read.map_err(|error| error.to_string()).and_then(|text| parse(&text, count, line)) {
+        Ok(requests) => (format!("{} requests of {file}", requests.len()), requests),
         Err(why) => {
-            println!("SKIP {FILE}: {why} (VATTN_TRACES names its folder); made-up requests take its place");
+            println!("SKIP {file}: {why} (VATTN_TRACES names its folder); made-up requests take its place");
             let requests: Vec<_> = (0..20_000).take(count).map(made_up).collect();
             (format!("{} made-up requests", requests.len()), requests)
         }
     }
 }
 
-fn parse(text: &str, count: usize) -> Result<Vec<Request>, String> {
+fn parse(text: &str, count: usize, request: fn(&str) -> Option<Request>) -> Result<Vec<Request>, String> {
     let mut requests = Vec::new();
     for line in text.lines().skip(1).take(count) {
-        let request = request(line).ok_or_else(|| format!("\"{line}\" is no time, prompt and output"))?;
+        let request = request(line).ok_or_else(|| format!("\"{line}\" is no request"))?;
         requests.push(request);
     }
     let start = requests.first().ok_or("there is no request in it")?.arrival;
@@ -50,7 +60,7 @@ fn parse(text: &str, count: usize) -> Result<Vec<Request>, String> {
 }
 
 /// The trace lasts an hour of one day, so that the clock alone tells the order.
-fn request(line: &str) -> Option<Request> {
+fn azure(line: &str) -> Option<Request> {
     let mut fields = line.split(',');
     let (_, clock) = fields.next()?.split_once(' ')?;
     let mut seconds = 0.0;
@@ -60,4 +70,10 @@ fn request(line: &str) -> Option<Request> {
     let arrival = Duration::try_from_secs_f64(seconds).ok()?;
     let mut number = || fields.next()?.trim().parse().ok();
     Some(Request { arrival, prompt: number()?, output: number()? })
+}
+
+/// All of them are there at the start.
+fn without_time(line: &str) -> Option<Request> {
+    let mut fields = line.split(',').map(|field| field.trim().parse().ok());
+    Some(Request { arrival: Duration::ZERO, prompt: fields.next()??, output: fields.next()?? })
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use vattn::driver::owned::DriverHandle;
 use vattn::error::Verb;
+use vattn::geometry::Background;
 use vattn::stats::{CallStats, Counters};
 use vattn::units::Bytes;
 use vattn::{Config, KvCache};
@@ -53,6 +54,7 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
             .max_slots(SLOTS)
             .max_tokens(tokens(MOST_TOKENS))
             .budget(budget)
+            .background(Background::Off)
             .build()
             .unwrap();
         for policy in ["vattn", "vattention", "paged"] {

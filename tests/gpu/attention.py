@@ -155,18 +155,27 @@ def measure(torch, memories, kernel):
     return medians[False], medians[True], apart
 
 
-def run(out, goal, limit):
-    began = time.monotonic()
-    required = os.environ.get("VATTN_REQUIRE_GPU") == "1"
+def torch_on_a_card(name):
+    """PyTorch, if it and a card are there."""
     # The twins are cudaMalloc's, not mapped piece by piece as ours are.
     os.environ["PYTORCH_ALLOC_CONF"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
     try:
         import torch
-        import kernel_calls
+        import kernel_calls  # noqa: F401
         torch.zeros(1, device="cuda")
     except (ImportError, RuntimeError, AssertionError) as error:
-        print(f"SKIP attention: {error}")
+        print(f"SKIP {name}: {error}")
+        return None
+    return torch
+
+
+def run(out, goal, limit):
+    began = time.monotonic()
+    required = os.environ.get("VATTN_REQUIRE_GPU") == "1"
+    torch = torch_on_a_card("attention")
+    if torch is None:
         return 1 if required else 0
+    import kernel_calls
     found, wrong, skipped = [], [], set()
     for layout in LAYERS:
         for shape in SHAPES:

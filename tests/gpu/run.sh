@@ -1,11 +1,11 @@
 #!/bin/sh
 # Runs the GPU suite of the folder that it lies in, and leaves everything in FOLDER/results (or $OUT):
 #
-#   ./run.sh [tests] [sanitizer] [probe] [replay] [bench] [creating] [kernels] [attention]
+#   ./run.sh [tests] [sanitizer] [probe] [replay] [bench] [serving] [creating] [kernels] [attention] [busy]
 #   (default: all of them)
 #
-# `sanitizer` needs compute-sanitizer, `creating`, `kernels` and `attention` a Python with PyTorch. Every command has
-# a time limit, and one that hangs has failed. Ends with the list of what passed, and with an error if
+# `sanitizer` needs compute-sanitizer, `creating`, `kernels`, `attention` and `busy` a Python with PyTorch. Every
+# command has a time limit, and one that hangs has failed. Ends with the list of what passed, and with an error if
 # anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
@@ -69,18 +69,25 @@ replay() {
 
 # Without `--bench` they would only show that they work.
 bench() {
-    note scenarios bin/scenarios --bench --json "$out/scenarios.json"
+    note scenarios bin/scenarios --bench --json "$out/scenarios.json" \
+        prompts adopt reserve steps commit traces full
     for bench in driver steady; do
         note "$bench" "bin/$bench" --bench --noplot --nresamples 10000 \
             --measurement-time 1 --warm-up-time 0.5
     done
 }
 
+# In real time, with kernels between the steps and the mapper beside them.
+serving() {
+    note serving bin/scenarios --bench --json "$out/serving.json" lockstep sync-vs-async churn
+}
+
 creating() { note creating python3 creating.py; }
 kernels() { note kernels python3 kernels.py "$out"; }
 attention() { note attention python3 attention.py "$out"; }
+busy() { note busy python3 attention_busy.py "$out"; }
 
-[ $# -gt 0 ] || set -- tests sanitizer probe replay bench creating kernels attention
+[ $# -gt 0 ] || set -- tests sanitizer probe replay bench serving creating kernels attention busy
 for part in "$@"; do
     "$part"
 done

@@ -10,6 +10,7 @@ import sys
 
 import numpy
 
+import attention_busy
 import vattn_bridge as bridge
 
 LAYOUTS = ("per-layer", "sliced", "sliced-interleaved", "grouped:2")
@@ -18,9 +19,9 @@ LAYERS, HEADS, DIM, MOST = 4, 2, 64, 1024
 NAN = 0xFFFF
 
 
-def cache(layout, tile=1, slots=4):
+def cache(layout, tile=1, slots=4, mapper=False):
     return bridge.Cache("host", layers=LAYERS, kv_heads=HEADS, key_dim=DIM, slots=slots, max_tokens=MOST,
-                        layout=layout, tile_tokens=tile, granule=GRANULE, capacity=256 << 20)
+                        layout=layout, tile_tokens=tile, mapper=mapper, granule=GRANULE, capacity=256 << 20)
 
 
 def array(view, *selection):
@@ -151,10 +152,43 @@ def errors_are_told(layout):
     held.close()
 
 
+def what_was_asked_for_is_mapped_before_its_step(layout):
+    held = cache(layout, mapper=True)
+    slot = held.acquire()
+    held.prefetch({slot: 300})
+    held.flush()
+    mapped = held.snapshot()["background"]["map"]["calls"]
+    held.step({slot: 300})
+    counted = held.snapshot()
+    assert mapped > 0 and counted["driver"]["map"]["calls"] == counted["background"]["map"]["calls"]
+    held.retire(slot)
+    held.reclaim()
+    held.flush()
+    bytes = held.snapshot()["bytes"]
+    assert bytes["mapped"] == bytes["parked"] == 0 < bytes["free"]
+    held.trim()
+    held.flush()
+    assert held.snapshot()["bytes"]["held"] == 0
+    held.close()
+
+
+def a_busy_mapper_maps_and_unmaps(layout):
+    mapping = attention_busy.Mapping("host", layout != LAYOUTS[0], layers=2, tokens=128, granule=GRANULE,
+                                     capacity=64 << 20)
+    for _ in range(2):
+        with mapping.busy():
+            pass
+    each = 2 * mapping.calls["map"]
+    assert mapping.calls["map"] == mapping.calls["unmap"] >= 4 * 8 * 2 and 0 < mapping.share < 1
+    assert (2 * mapping.calls["create"] == each) == mapping.creates, mapping.calls
+    mapping.close()
+
+
 def main():
     tests = (addresses_follow_from_shapes, every_view_shows_the_same_memory,
              exactly_the_granules_of_the_tokens_are_mapped, what_lies_past_the_length_is_nan,
-             memory_that_nobody_needs_is_noticed, errors_are_told)
+             memory_that_nobody_needs_is_noticed, errors_are_told, what_was_asked_for_is_mapped_before_its_step,
+             a_busy_mapper_maps_and_unmaps)
     for test in tests:
         for layout in LAYOUTS:
             test(layout)

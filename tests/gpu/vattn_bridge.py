@@ -7,6 +7,7 @@ The library is looked for in VATTN_BRIDGE, beside this file or in its `bin`, and
 """
 
 import ctypes
+import json
 import math
 import os
 from pathlib import Path
@@ -24,7 +25,7 @@ class BridgeError(Exception):
 
 class Options(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in
-                ("layers", "kv_heads", "key_dim", "value_dim", "slots", "page_tokens", "tile_tokens", "reserved")]
+                ("layers", "kv_heads", "key_dim", "value_dim", "slots", "page_tokens", "tile_tokens", "mapper")]
     _fields_ += [(name, ctypes.c_uint64) for name in ("max_tokens", "budget", "granule", "capacity")]
 
 
@@ -80,6 +81,11 @@ def load_library():
         "view": (ctypes.c_int32, [handle, number, number, number, pointer(View)]),
         "acquire": (ctypes.c_int32, [handle, wide, pointer(number)]),
         "step": (ctypes.c_int32, [handle, ctypes.c_size_t, pointer(number), pointer(wide)]),
+        "prefetch": (ctypes.c_int32, [handle, ctypes.c_size_t, pointer(number), pointer(wide)]),
+        "reclaim": (ctypes.c_int32, [handle, wide]),
+        "trim": (ctypes.c_int32, [handle, wide]),
+        "flush": (ctypes.c_int32, [handle]),
+        "snapshot": (text, [handle]),
         "retire": (ctypes.c_int32, [handle, number]),
         "set_budget": (ctypes.c_int32, [handle, wide]),
         "need": (ctypes.c_int32, [handle, wide, pointer(wide)]),
@@ -95,12 +101,12 @@ class Cache:
     """A cache of bf16, and what of it is mapped."""
 
     def __init__(self, device, *, layers, kv_heads, key_dim, slots, max_tokens, value_dim=None, layout="sliced",
-                 tile_tokens=1, page_tokens=16, budget=UNLIMITED, granule=2 << 20, capacity=1 << 30):
+                 tile_tokens=1, page_tokens=16, budget=UNLIMITED, mapper=False, granule=2 << 20, capacity=1 << 30):
         self._library = load_library()
         self.layers, self.slots, self.max_tokens, self.page_tokens = layers, slots, max_tokens, page_tokens
         options = Options(layers=layers, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim or key_dim,
                           slots=slots, page_tokens=page_tokens, tile_tokens=tile_tokens, max_tokens=max_tokens,
-                          budget=budget, granule=granule, capacity=capacity)
+                          budget=budget, mapper=mapper, granule=granule, capacity=capacity)
         self._handle = self._library.bridge_open(device.encode(), layout.encode(), ctypes.byref(options))
         if not self._handle:
             raise BridgeError(self._library.bridge_error().decode())
@@ -131,12 +137,35 @@ class Cache:
         assert taken == list(range(self.slots)), taken
         return taken
 
-    def step(self, tokens):
-        """`tokens` says for each slot how many it now holds in all."""
+    def _call_with(self, name, tokens):
         count = len(tokens)
         slots = (ctypes.c_uint32 * count)(*tokens.keys())
         totals = (ctypes.c_uint64 * count)(*tokens.values())
-        self._call("step", count, slots, totals)
+        self._call(name, count, slots, totals)
+
+    def step(self, tokens):
+        """`tokens` says for each slot how many it now holds in all."""
+        self._call_with("step", tokens)
+
+    def prefetch(self, tokens):
+        """`tokens` says for each slot how many it will soon hold in all."""
+        self._call_with("prefetch", tokens)
+
+    def reclaim(self, size=UNLIMITED):
+        """What holds nobody's tokens is unmapped, until so many bytes are free."""
+        self._call("reclaim", size)
+
+    def trim(self, keep=0):
+        """Memory is given back, until so many bytes are held."""
+        self._call("trim", keep)
+
+    def flush(self):
+        """Waits until the mapper has done what it was asked for."""
+        self._call("flush")
+
+    def snapshot(self):
+        """What is counted."""
+        return json.loads(self._library.bridge_snapshot(self._handle))
 
     def step_exactly(self, tokens):
         """The first step of these slots, with a budget that leaves nothing to round up with: what is

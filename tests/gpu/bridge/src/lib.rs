@@ -15,7 +15,7 @@ use std::sync::Arc;
 use vattn::driver::Driver;
 use vattn::driver::cuda::{Cuda, CudaOptions};
 use vattn::driver::host::{Host, HostOptions};
-use vattn::geometry::{Dtype, LayerGroup, LayerKind, LayoutChoice};
+use vattn::geometry::{Background, Dtype, LayerGroup, LayerKind, LayoutChoice};
 use vattn::layout::{Layout, TensorLayout};
 use vattn::{
     Bytes, Config, Error, ErrorKind, Fence, Geometry, KvCache, Part, Result, SlotId, SlotTokens, TokenCount,
@@ -35,6 +35,8 @@ thread_local! {
 pub struct Bridge {
     cache: KvCache,
     slots: BTreeMap<u32, SlotId>,
+    /// What [`bridge_snapshot`] told last.
+    snapshot: CString,
 }
 
 /// What a cache is made for.
@@ -55,8 +57,8 @@ pub struct Options {
     pub page_tokens: u32,
     /// What a step rounds up to.
     pub tile_tokens: u32,
-    /// Padding.
-    pub reserved: u32,
+    /// Whether a mapper works beside the calls; 0 is no.
+    pub mapper: u32,
     /// The most tokens of a slot.
     pub max_tokens: u64,
     /// The most bytes held.
@@ -128,7 +130,7 @@ pub unsafe extern "C" fn bridge_open(
     // SAFETY: both are strings and `options` is valid for reads, as the caller promises.
     let opened = unsafe { text(device).and_then(|device| open(device, text(layout)?, &*options)) };
     noted(opened).map_or(std::ptr::null_mut(), |cache| {
-        Box::into_raw(Box::new(Bridge { cache, slots: BTreeMap::new() }))
+        Box::into_raw(Box::new(Bridge { cache, slots: BTreeMap::new(), snapshot: CString::default() }))
     })
 }
 
@@ -204,15 +206,65 @@ pub unsafe extern "C" fn bridge_step(
     tokens: *const u64,
 ) -> i32 {
     // SAFETY: the caller promises all three.
-    unsafe {
-        done(bridge, |bridge| {
-            if count == 0 {
-                return bridge.step(&[], &[]);
-            }
-            let slots = std::slice::from_raw_parts(slots, count);
-            bridge.step(slots, std::slice::from_raw_parts(tokens, count))
-        })
-    }
+    unsafe { done(bridge, |bridge| bridge.cache.step(&bridge.entries(count, slots, tokens)?)) }
+}
+
+/// Has memory mapped ahead for several slots, each for so many tokens in all.
+///
+/// # Safety
+/// - As [`bridge_step`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn bridge_prefetch(
+    bridge: *mut Bridge,
+    count: usize,
+    slots: *const u32,
+    tokens: *const u64,
+) -> i32 {
+    // SAFETY: the caller promises all three.
+    unsafe { done(bridge, |bridge| bridge.cache.prefetch(&bridge.entries(count, slots, tokens)?)) }
+}
+
+/// Has memory that holds nobody's tokens unmapped, until so many bytes are free. The device must be done
+/// with it.
+///
+/// # Safety
+/// - `bridge` came from [`bridge_open`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn bridge_reclaim(bridge: *mut Bridge, bytes: u64) -> i32 {
+    // SAFETY: the caller promises it.
+    unsafe { done(bridge, |bridge| bridge.cache.reclaim(Bytes::new(bytes), &[Fence::Idle]).map(drop)) }
+}
+
+/// Has memory given back to the device, until so many bytes are held. The device must be done with it.
+///
+/// # Safety
+/// - `bridge` came from [`bridge_open`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn bridge_trim(bridge: *mut Bridge, keep: u64) -> i32 {
+    // SAFETY: the caller promises it.
+    unsafe { done(bridge, |bridge| bridge.cache.trim(Bytes::new(keep), &[Fence::Idle]).map(drop)) }
+}
+
+/// Waits until the mapper has done what it was asked for.
+///
+/// # Safety
+/// - `bridge` came from [`bridge_open`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn bridge_flush(bridge: *mut Bridge) -> i32 {
+    // SAFETY: the caller promises it.
+    unsafe { done(bridge, |bridge| bridge.cache.flush()) }
+}
+
+/// What is counted, as JSON. The text is valid until the next call of this.
+///
+/// # Safety
+/// - `bridge` came from [`bridge_open`] and no other reference to it lives.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn bridge_snapshot(bridge: *mut Bridge) -> *const c_char {
+    // SAFETY: the caller promises it.
+    let bridge = unsafe { &mut *bridge };
+    bridge.snapshot = CString::new(bridge.cache.snapshot().to_json()).expect("JSON has no zeros");
+    bridge.snapshot.as_ptr()
 }
 
 /// Gives a slot up. The device must be done with it.
@@ -319,13 +371,18 @@ impl Bridge {
             .ok_or_else(|| wrong(format!("nobody has slot {slot}; acquire it first")))
     }
 
-    fn step(&self, slots: &[u32], tokens: &[u64]) -> Result<()> {
-        let entries = slots
-            .iter()
-            .zip(tokens)
-            .map(|(slot, tokens)| Ok(SlotTokens::new(self.id(*slot)?, TokenCount::new(*tokens))))
-            .collect::<Result<Vec<_>>>()?;
-        self.cache.step(&entries)
+    /// # Safety
+    /// - `slots` and `tokens` point to `count` numbers each, or anywhere where that is 0.
+    unsafe fn entries(&self, count: usize, slots: *const u32, tokens: *const u64) -> Result<Vec<SlotTokens>> {
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        // SAFETY: the caller promises both.
+        let (slots, tokens) =
+            unsafe { (std::slice::from_raw_parts(slots, count), std::slice::from_raw_parts(tokens, count)) };
+        let entry =
+            |(slot, tokens): (&u32, &u64)| Ok(SlotTokens::new(self.id(*slot)?, TokenCount::new(*tokens)));
+        slots.iter().zip(tokens).map(entry).collect()
     }
 
     fn retire(&mut self, slot: u32) -> Result<()> {
@@ -371,6 +428,7 @@ fn open(device: &str, layout: &str, options: &Options) -> Result<KvCache> {
         .page_tokens(options.page_tokens)
         .tile_tokens(options.tile_tokens)
         .budget(Bytes::new(options.budget))
+        .background(if options.mapper == 0 { Background::Off } else { Background::Thread })
         .build()?;
     let driver: Arc<dyn Driver> = match device {
         "cuda" => Cuda::new(CudaOptions::default())?,
