@@ -529,8 +529,9 @@ impl World {
                     let after = self.cache.bytes();
                     // Only what is mapped ahead, or would be again, is left beyond it.
                     let idle = self.cache.report().unwrap().slots.iter().any(|slot| !slot.active);
-                    // Mapping ahead that the device puts an end to leaves what it had created.
-                    let all_went = !idle && (after.free.is_zero() || self.shape.device_has.is_some());
+                    let all_went = after.free.is_zero() && !idle;
+                    // What mapping ahead had created when the device put an end to it is there again.
+                    let all_went = all_went || self.shape.device_has.is_some();
                     assert!(after.held <= keep + after.ahead || all_went, "{after:?} is more than {keep}");
                     return;
                 }
