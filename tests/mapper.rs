@@ -61,8 +61,9 @@ impl Rig {
         let deadline = Deadline::new();
         let shape = shape();
         let watch = shape.watch();
-        let builder = shape.config().to_builder().look_ahead_budget(shape.granule * 200).at_hand(Bytes::ZERO);
-        let cache = KvCache::new(builder.build().unwrap(), watch.driver()).unwrap();
+        let builder =
+            shape.config().to_builder().look_ahead(tokens(64)).look_ahead_budget(shape.granule * 200);
+        let cache = KvCache::new(builder.at_hand(Bytes::ZERO).build().unwrap(), watch.driver()).unwrap();
         let lets_go = LetsGo { watch: watch.clone(), gate: None };
         Self { lets_go, cache, watch, _deadline: deadline }
     }
