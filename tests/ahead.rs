@@ -9,11 +9,12 @@
 
 mod common;
 
+use common::rig::request;
 use common::{Shape, Watch, contents, shapes, step, stream, tokens};
 use vattn::driver::{Live, Stream};
 use vattn::error::{ErrorKind, Verb};
 use vattn::geometry::{Background, ConfigBuilder, Reclaim};
-use vattn::{Bytes, Fence, KvCache, SlotId, SlotTokens};
+use vattn::{Bytes, Fence, KvCache, SlotTokens};
 
 const ONE: Stream = stream(1);
 const IDLE: &[Fence] = &[Fence::Idle];
@@ -29,13 +30,6 @@ fn cache_of(shape: &Shape, change: impl FnOnce(ConfigBuilder) -> ConfigBuilder) 
     let builder = shape.config().to_builder().at_hand(Bytes::ZERO);
     let cache = KvCache::new(change(builder).build().unwrap(), watch.driver()).unwrap();
     (watch, cache)
-}
-
-fn request(cache: &KvCache, count: u64, owner: u64) -> SlotId {
-    let slot = cache.acquire(tokens(count), Some(ONE)).unwrap();
-    step(cache, slot, count).unwrap();
-    contents::fill(cache, slot, owner, 0..count);
-    slot
 }
 
 /// Does what there is to do now; whether something is left.

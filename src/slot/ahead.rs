@@ -93,8 +93,8 @@ impl SlotTable {
         let his = record.generation == generation && matches!(record.state, State::Active | State::Busy);
         if his {
             record.runs[place.tensor].add_ahead(pieces);
+            self.renew_age(place.slot);
         }
-        self.renew_age(place.slot);
     }
 
     /// A step came to the point where the mapper is told of some of its slots.
