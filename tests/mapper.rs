@@ -15,71 +15,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 
-use common::gate::{Deadline, Gate, is_mapper, until};
-use common::{Shape, Watch, contents, shapes, step, stream, tokens};
+use common::gate::{Gate, until};
+use common::rig::{Rig, request};
+use common::{contents, step, stream, tokens};
 use vattn::driver::{Live, Stream};
 use vattn::error::{ErrorKind, Verb};
-use vattn::geometry::Background;
-use vattn::{Bytes, Fence, Health, KvCache, SlotId, SlotTokens};
+use vattn::geometry::Reclaim;
+use vattn::{Bytes, Fence, Health, SlotId, SlotTokens};
 
 const ONE: Stream = stream(1);
 const TWO: Stream = stream(2);
 const IDLE: &[Fence] = &[Fence::Idle];
 /// What the mapper calls to map one extent ahead.
 const MAPPING: [Verb; 3] = [Verb::Create, Verb::Map, Verb::SetAccess];
-
-/// A granule of each of the two tensors holds 8 tokens.
-fn shape() -> Shape {
-    Shape { budget: 400, background: Background::Thread, ..shapes::sliced() }
-}
-
-/// A cache on a driver that is watched.
-struct Rig {
-    // First, so that a test that fails lets everybody go.
-    lets_go: LetsGo,
-    cache: KvCache,
-    watch: Watch,
-    _deadline: Deadline,
-}
-
-struct LetsGo {
-    watch: Watch,
-    gate: Option<Arc<Gate>>,
-}
-
-impl Drop for LetsGo {
-    fn drop(&mut self) {
-        self.watch.fire_all();
-        if let Some(gate) = &self.gate {
-            gate.open();
-        }
-    }
-}
-
-impl Rig {
-    fn new() -> Self {
-        let deadline = Deadline::new();
-        let shape = shape();
-        let watch = shape.watch();
-        let builder = shape.config().to_builder().look_ahead_budget(shape.granule * 200).at_hand(Bytes::ZERO);
-        let cache = KvCache::new(builder.build().unwrap(), watch.driver()).unwrap();
-        let lets_go = LetsGo { watch: watch.clone(), gate: None };
-        Self { lets_go, cache, watch, _deadline: deadline }
-    }
-
-    /// Holds the mapper before its next call of that verb.
-    fn gate(&mut self, verb: Verb) -> Arc<Gate> {
-        Arc::clone(self.lets_go.gate.insert(Gate::before_mapper(&self.watch, verb)))
-    }
-}
-
-/// A request of so many tokens, with a pattern of its own in them.
-fn request(cache: &KvCache, count: u64, owner: u64) -> SlotId {
-    let slot = cache.acquire(tokens(count), Some(ONE)).unwrap();
-    step(cache, slot, count).unwrap();
-    contents::fill(cache, slot, owner, 0..count);
-    slot
-}
 
 fn kind<T: std::fmt::Debug>(result: vattn::Result<T>) -> ErrorKind {
     result.unwrap_err().kind()
@@ -103,7 +51,7 @@ impl Deref for Scene {
 
 impl Scene {
     fn held_at(verb: Verb) -> Self {
-        let mut rig = Rig::new();
+        let mut rig = Rig::new(|builder| builder);
         let first = request(&rig.cache, 60, 1);
         rig.cache.flush().unwrap();
         assert!(!rig.cache.bytes().ahead.is_zero(), "the first has what it will need");
@@ -274,7 +222,7 @@ fn no_call_waits_for_the_mapper_that_can_do_without() {
 fn a_cache_is_dropped_while_the_mapper_is_in_a_call() {
     let verbs = MAPPING.into_iter().chain([Verb::Unmap, Verb::Release, Verb::QueryEvent, Verb::DestroyEvent]);
     for verb in verbs {
-        let mut rig = Rig::new();
+        let mut rig = Rig::new(|builder| builder);
         let (first, second) = (request(&rig.cache, 60, 1), request(&rig.cache, 100, 2));
         rig.cache.flush().unwrap();
         let gate = rig.gate(verb);
@@ -313,7 +261,7 @@ fn a_cache_is_dropped_while_the_mapper_is_in_a_call() {
 
 #[test]
 fn a_drop_waits_for_the_fences_of_a_trim_that_was_not_done() {
-    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new();
+    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new(|builder| builder);
     let slot = request(&cache, 100, 1);
     cache.retire(slot, IDLE).unwrap();
     watch.hold(TWO);
@@ -356,7 +304,7 @@ fn the_budget_is_changed_while_the_mapper_is_in_a_call() {
 
 #[test]
 fn a_trim_returns_at_once_and_others_grow_until_its_fence_has_fired() {
-    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new();
+    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new(|builder| builder);
     let (first, second, third) = (request(&cache, 60, 1), request(&cache, 100, 2), request(&cache, 100, 3));
     cache.flush().unwrap();
     watch.hold(ONE);
@@ -395,8 +343,22 @@ fn a_trim_returns_at_once_and_others_grow_until_its_fence_has_fired() {
 }
 
 #[test]
+fn a_trim_gives_back_what_was_in_flight_for_a_slot_that_was_retired_before() {
+    for verb in MAPPING {
+        let scene = Scene::held_at(verb);
+        scene.cache.retire(scene.second, IDLE).unwrap();
+        scene.cache.trim(Bytes::ZERO, IDLE).unwrap();
+        scene.settle();
+        let bytes = scene.cache.bytes();
+        assert_eq!((scene.cache.snapshot().slots.parked, bytes.free), (0, Bytes::ZERO));
+        assert_eq!(bytes.parked, bytes.ahead);
+        scene.end();
+    }
+}
+
+#[test]
 fn a_reclaim_returns_at_once_and_frees_once_its_fence_has_fired() {
-    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new();
+    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new(|builder| builder);
     let (first, second) = (request(&cache, 60, 1), request(&cache, 200, 2));
     cache.flush().unwrap();
     watch.hold(ONE);
@@ -444,7 +406,7 @@ fn two_threads_step_slots_of_their_own_while_the_mapper_is_held() {
 
 #[test]
 fn two_threads_step_slots_of_their_own_while_the_mapper_works() {
-    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new();
+    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new(|builder| builder);
     for round in 0..10 {
         thread::scope(|scope| {
             for thread in 1..=2 {
@@ -476,89 +438,42 @@ fn two_threads_step_slots_of_their_own_while_the_mapper_works() {
 }
 
 #[test]
-fn a_fence_that_fails_makes_the_cache_failed_and_says_so() {
-    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new();
+fn memory_is_unmapped_eagerly_once_its_fence_has_fired() {
+    let Rig { _deadline, watch, cache, lets_go: _lets_go } =
+        Rig::new(|builder| builder.reclaim(Reclaim::Eager).look_ahead(tokens(0)));
     let (first, second) = (request(&cache, 60, 1), request(&cache, 100, 2));
-    cache.flush().unwrap();
     watch.hold(ONE);
     cache.retire(second, &[Fence::Stream(ONE)]).unwrap();
     watch.used_by(&cache, second.index(), ONE);
-    watch.checked.fail_from_of(Verb::QueryEvent, 1, ErrorKind::DeviceLost);
-    cache.trim(Bytes::ZERO, IDLE).unwrap();
-    until(|| cache.health() == Health::Failed);
-    let refused = [
-        step(&cache, first, 61),
-        step(&cache, first, 200),
-        cache.acquire(tokens(1), None).map(drop),
-        cache.retire(first, IDLE),
-        cache.trim(Bytes::ZERO, IDLE).map(drop),
-        cache.prefetch(&[SlotTokens::new(first, tokens(100))]),
-        cache.set_budget(Bytes::gib(1)),
-        cache.flush(),
-    ];
-    for (place, result) in refused.into_iter().enumerate() {
-        let error = result.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unhealthy, "call {place}: {error}");
-        let words = error.report();
-        assert!(words.contains(Verb::QueryEvent.as_str()), "call {place} does not say which call: {words}");
-    }
-    assert_eq!(watch.violations(), Vec::<String>::new());
-}
-
-#[test]
-fn a_fence_that_can_not_be_asked_hangs_nobody() {
-    let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new();
-    let (first, second) = (request(&cache, 60, 1), request(&cache, 100, 2));
-    cache.flush().unwrap();
-    watch.hold(ONE);
-    cache.retire(second, &[Fence::Stream(ONE)]).unwrap();
-    watch.used_by(&cache, second.index(), ONE);
-    watch.checked.fail_from_of(Verb::QueryEvent, 1, ErrorKind::Driver);
-    cache.trim(Bytes::ZERO, IDLE).unwrap();
-    assert_eq!(kind(cache.flush()), ErrorKind::Driver);
-    step(&cache, first, 100).unwrap();
-    watch.checked.clear_faults();
+    step(&cache, first, 61).unwrap();
+    assert_eq!(watch.checked.calls().of(Verb::Unmap), 0);
     watch.fire(ONE);
-    // Others may have woken the mapper meanwhile.
-    drop(cache.flush());
-    cache.trim(Bytes::ZERO, IDLE).unwrap();
-    cache.flush().unwrap();
-    let bytes = cache.bytes();
-    assert_eq!((bytes.free, bytes.parked), (Bytes::ZERO, bytes.ahead));
+    // Nobody calls for it.
+    until(|| cache.bytes().parked.is_zero());
+    assert_eq!(cache.snapshot().slots.parked, 0);
     assert_eq!(watch.violations(), Vec::<String>::new());
     contents::find(&cache, first, 1, 60);
+    cache.flush().unwrap();
     cache.report().unwrap();
 }
 
 #[test]
-fn a_panic_in_the_mapper_is_the_next_calls_error_and_hangs_nobody() {
-    for verb in MAPPING.into_iter().chain([Verb::Unmap, Verb::Release, Verb::QueryEvent]) {
-        let Rig { _deadline, watch, cache, lets_go: _lets_go } = Rig::new();
-        let (first, second) = (request(&cache, 60, 1), request(&cache, 100, 2));
+fn a_prefetch_is_given_up_while_it_is_in_flight() {
+    for verb in MAPPING {
+        let mut rig = Rig::new(|builder| builder);
+        let slot = rig.cache.acquire(tokens(300), Some(ONE)).unwrap();
+        let gate = rig.gate(verb);
+        let Rig { _deadline, watch, cache, lets_go: _lets_go } = rig;
+        cache.prefetch(&[SlotTokens::new(slot, tokens(300))]).unwrap();
+        gate.wait();
+        cache.retire(slot, IDLE).unwrap();
+        gate.open();
         cache.flush().unwrap();
-        let armed = AtomicBool::new(true);
-        watch.checked.on_call(Box::new(move |called| {
-            let trips = called == verb && is_mapper() && armed.swap(false, SeqCst);
-            assert!(!trips, "the driver tripped over its own feet");
-        }));
-        cache.retire(second, &[Fence::Stream(ONE)]).unwrap();
-        let third = cache.acquire(tokens(1), Some(ONE)).unwrap();
-        if MAPPING.contains(&verb) {
-            drop(cache.prefetch(&[SlotTokens::new(third, tokens(300))]));
-        } else {
-            watch.hold(ONE);
-            drop(cache.truncate(first, tokens(59), &[Fence::Stream(ONE)]));
-            drop(cache.trim(Bytes::ZERO, IDLE));
-            watch.fire(ONE);
-        }
-        // Whoever waits for the mapper is told, and so is everybody else.
-        for result in [cache.flush(), step(&cache, first, 61), cache.retire(first, IDLE), cache.flush()] {
-            let error = result.unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Unhealthy, "{verb}: {error}");
-            assert!(error.report().contains("tripped over its own feet"), "{verb}: {}", error.report());
-        }
-        assert_eq!(cache.health(), Health::Failed);
-        watch.checked.clear_on_call();
+        assert_eq!((cache.bytes().ahead, cache.bytes().mapped), (Bytes::ZERO, Bytes::ZERO));
+        let other = request(&cache, 300, 1);
+        contents::find(&cache, other, 1, 300);
+        cache.report().unwrap();
         drop(cache);
+        assert_eq!(watch.checked.live(), Live::default());
     }
 }

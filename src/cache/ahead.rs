@@ -36,7 +36,7 @@ struct Extension {
 #[derive(Debug, Default)]
 struct Found {
     extensions: Vec<Extension>,
-    /// Slots whose memory a step would replace, and that have fences.
+    /// Slots with memory in the way, and with fences.
     fenced: bool,
     /// Slots for which this is not the time.
     paced: bool,
@@ -166,9 +166,9 @@ impl Core {
             // What was asked for may take all that is left, and no more than that.
             let most = if due.wished { left } else { limit.min(left) };
             let enough = extensions(table, &due, &mut room, |extension, more| {
-                if extension.keep < table.run(extension.place).pieces().len()
-                    && !table.fences(due.slot).is_empty()
-                {
+                let run = table.run(extension.place);
+                let unmaps = extension.keep < run.pieces().len() || !run.quarantined_granules().is_zero();
+                if unmaps && !table.fences(due.slot).is_empty() {
                     found.fenced = true;
                     return Step::Skip;
                 }
@@ -241,6 +241,7 @@ fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> (Work, b
     let mut classes = Vec::new();
     let mut missing = None;
     for Extension { place, keep, .. } in found {
+        planner.clear(*place);
         planner.cut_to(*place, *keep);
     }
     // A slot that is extended gives nothing: its pieces would lie elsewhere than was planned.

@@ -23,6 +23,7 @@ pub(crate) mod contents;
 pub(crate) mod gate;
 #[cfg(feature = "cuda")]
 pub(crate) mod kernels;
+pub(crate) mod rig;
 pub(crate) mod shapes;
 
 pub(crate) use shapes::Shape;
