@@ -148,11 +148,11 @@ impl SlotTable {
         }
     }
 
-    /// With how many tokens to go the mapper is told of a slot: for one slot in eight as soon as the
-    /// look-ahead reaches beyond its memory, for the others later, down to half of the look-ahead.
+    /// With how many tokens to go the mapper is told of a slot: the look-ahead for one slot in eight, and
+    /// down to somewhat more than half of it for the others.
     fn notice(&self, slot: u32) -> TokenCount {
         let less = self.look_ahead.get() * u64::from(slot % GROUPS) / u64::from(2 * GROUPS);
-        TokenCount::new((self.look_ahead.get() - less).saturating_sub(1))
+        TokenCount::new((self.look_ahead.get() - less).max(1))
     }
 
     pub(super) fn forgive(&mut self, slot: u32) {
