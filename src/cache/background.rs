@@ -60,6 +60,11 @@ impl Goals {
     pub(super) fn take_fences(&mut self) -> Vec<slot::Fence> {
         std::mem::take(&mut self.fences)
     }
+
+    /// Whether memory is being given back to the device.
+    pub(super) fn is_trimming(&self) -> bool {
+        self.trim.is_some()
+    }
 }
 
 /// How much of a step's share of growth is spent.

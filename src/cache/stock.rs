@@ -16,6 +16,10 @@ const AT_HAND_DIVISOR: u64 = 64;
 impl Core {
     /// Does a little towards one more extent at hand.
     pub(super) fn stock(&self, _pace: &mut Pace) -> Came {
+        // What is given back to the device is not taken from it again meanwhile.
+        if self.goals.lock().is_trimming() {
+            return Came::ToNothing;
+        }
         let limit = self.at_hand();
         if self.pool.lock().lacking(limit).is_none() {
             return Came::ToNothing;
