@@ -135,7 +135,8 @@ impl SlotTable {
         } else if look_ahead.is_zero() || record.wish > end {
             if record.wish > end { TokenCount::ZERO } else { NEVER }
         } else {
-            end.saturating_sub(self.notice(slot))
+            // The first point from which on the look-ahead reaches beyond the end.
+            end.saturating_sub(self.notice(slot)) + TokenCount::new(1)
         };
         let due = self.tokens(slot) >= wake;
         self.hot[index(slot)].wake = if due { NEVER } else { wake };
