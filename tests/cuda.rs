@@ -13,11 +13,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use common::card::{self, Card, ok, pointer};
+use common::card::{CARD, Card, alone, card_alone, ok, pointer};
 use common::kernels::Kernels;
 use common::{step, stream, tokens};
 use cudarc::driver::sys;
-use parking_lot::{Mutex, MutexGuard};
 use vattn::cache::ForeignEvent;
 use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::cuda::{Cuda, CudaOptions, devices, driver_version};
@@ -27,23 +26,6 @@ use vattn::units::{Bytes, Device, DeviceAddr};
 use vattn::{Config, Fence, Geometry, Health, KvCache, Part, SlotId};
 
 const GRANULE: Bytes = Bytes::mib(2);
-
-/// One test at a time uses the card: some fill it, and some compare what is free.
-static CARD: Mutex<()> = Mutex::new(());
-
-type Alone = MutexGuard<'static, ()>;
-
-/// The driver of the first device for this test alone, where there is one.
-fn alone() -> Option<(Alone, Arc<Cuda>)> {
-    let alone = CARD.lock();
-    Some((alone, card::cuda()?))
-}
-
-/// The same with what tests need of a card.
-fn card_alone() -> Option<(Alone, Arc<Card>)> {
-    let alone = CARD.lock();
-    Some((alone, Card::open()?))
-}
 
 fn cache(driver: Arc<dyn Driver>, budget: Bytes) -> KvCache {
     let config = Config::builder(Geometry::preset("llama-3-8b").unwrap())

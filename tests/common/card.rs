@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use cudarc::driver::sys;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use vattn::driver::Stream;
 use vattn::driver::cuda::{Cuda, CudaOptions};
 use vattn::units::DeviceAddr;
@@ -22,6 +22,23 @@ pub(crate) fn cuda() -> Option<Arc<Cuda>> {
             None
         }
     }
+}
+
+/// One test of a program at a time uses the card: some fill it, and some compare what is free.
+pub(crate) static CARD: Mutex<()> = Mutex::new(());
+
+pub(crate) type Alone = MutexGuard<'static, ()>;
+
+/// The driver of the first device for this test alone, where there is one.
+pub(crate) fn alone() -> Option<(Alone, Arc<Cuda>)> {
+    let alone = CARD.lock();
+    Some((alone, cuda()?))
+}
+
+/// The same with what tests need of a card.
+pub(crate) fn card_alone() -> Option<(Alone, Arc<Card>)> {
+    let alone = CARD.lock();
+    Some((alone, Card::open()?))
 }
 
 /// Panics with the driver's name of what went wrong.
@@ -138,18 +155,45 @@ impl Card {
 
     /// Begins a capture of the stream into a graph, or ends it, and expects it to have survived.
     pub(crate) fn capture(&self, stream: Stream, capturing: bool) {
-        let stream = pointer(self.stream(stream).number());
         if capturing {
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
             // SAFETY: the stream is this card's.
-            ok(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) });
-            return;
+            ok(unsafe { sys::cuStreamBeginCapture_v2(pointer(self.stream(stream).number()), mode) });
+        } else {
+            // SAFETY: nobody else has the graph.
+            ok(unsafe { sys::cuGraphDestroy(self.end_capture(stream)) });
         }
+    }
+
+    /// Ends a capture that survived, with what was captured. The caller destroys it.
+    fn end_capture(&self, stream: Stream) -> sys::CUgraph {
         let mut graph = std::ptr::null_mut();
-        // SAFETY: the capture was begun, and the graph is destroyed once.
+        // SAFETY: the stream is this card's.
+        ok(unsafe { sys::cuStreamEndCapture(pointer(self.stream(stream).number()), &raw mut graph) });
+        graph
+    }
+
+    /// Ends a capture with what was captured, ready to run.
+    pub(crate) fn captured(&self, stream: Stream) -> Graph {
+        let (graph, mut exec) = (self.end_capture(stream), std::ptr::null_mut());
+        // SAFETY: the graph is the test's own; what is made of it lives on without it.
         unsafe {
-            ok(sys::cuStreamEndCapture(stream, &raw mut graph));
+            ok(sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0));
             ok(sys::cuGraphDestroy(graph));
+        }
+        Graph(exec.expose_provenance())
+    }
+
+    /// Whether a stream still has work to do.
+    pub(crate) fn is_busy(&self, stream: Stream) -> bool {
+        let stream = pointer(self.stream(stream).number());
+        // SAFETY: the stream is this card's.
+        match unsafe { sys::cuStreamQuery(stream) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => true,
+            done => {
+                ok(done);
+                false
+            }
         }
     }
 
@@ -175,6 +219,27 @@ impl Card {
                 pointer(self.own),
             ));
             ok(sys::cuStreamSynchronize(pointer(self.own)));
+        }
+    }
+}
+
+/// Captured work.
+#[derive(Debug)]
+pub(crate) struct Graph(usize);
+
+impl Graph {
+    pub(crate) fn launch(&self, card: &Card, stream: Stream) {
+        let stream = pointer(card.stream(stream).number());
+        // SAFETY: the graph is this one's, and the stream is the card's.
+        ok(unsafe { sys::cuGraphLaunch(std::ptr::with_exposed_provenance_mut(self.0), stream) });
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // SAFETY: the graph is this one's; CUDA keeps what is still running.
+            ok(unsafe { sys::cuGraphExecDestroy(std::ptr::with_exposed_provenance_mut(self.0)) });
         }
     }
 }

@@ -44,6 +44,19 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// No tokens of nobody.
+    pub(crate) const NOTHING: Self = Self {
+        start: std::ptr::null_mut(),
+        token_stride: 0,
+        head_stride: 0,
+        heads: 0,
+        head_bytes: 0,
+        first: 0,
+        tokens: 0,
+        owner: 0,
+        salt: 0,
+    };
+
     fn new(
         view: &TensorView,
         slot: SlotId,
@@ -89,6 +102,16 @@ impl Place {
             }
         }
     }
+}
+
+/// The same tokens of a slot in every layer's keys and values.
+pub(crate) fn places(
+    cache: &KvCache,
+    slot: SlotId,
+    owner: u64,
+    tokens: Range<u64>,
+) -> impl Iterator<Item = Place> {
+    parts(cache).map(move |of| Place::new(&cache.view(of.0, of.1).unwrap(), slot, owner, &tokens, of))
 }
 
 /// Writes the owner's pattern into tokens of a slot, in every layer, every byte.

@@ -133,7 +133,7 @@ impl Backend {
     }
 
     /// The stream that stands for a number of a test's.
-    fn stream(&self, stream: Stream) -> Stream {
+    pub(crate) fn stream(&self, stream: Stream) -> Stream {
         match self {
             Self::Host(_) | Self::Ledger(_) => stream,
             #[cfg(feature = "cuda")]
@@ -240,6 +240,17 @@ impl Watch {
         let mut seen = self.seen.lock();
         let held: Vec<_> = streams.iter().copied().filter(|stream| seen.held.contains(stream)).collect();
         seen.before_any = held.into_iter().collect();
+    }
+
+    /// How much is mapped that holds a slot's first tokens, in all tensors, by what the driver was called with.
+    pub(crate) fn mapped(&self, cache: &KvCache, slot: u32, tokens: u64) -> Bytes {
+        let seen = self.seen.lock();
+        let of_tensor = |tensor: usize| -> u64 {
+            let start = start_of(cache, &seen, slot, tensor);
+            let end = start + cache.layout().tensors()[tensor].row().get() * tokens;
+            seen.mappings.range(start..end).map(|(_, size)| size).sum()
+        };
+        Bytes::new((0..seen.reservations.len()).map(of_tensor).sum())
     }
 
     /// Where a slot's mappings in a tensor end, in granules from the slot's start, in order.

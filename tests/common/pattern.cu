@@ -1,5 +1,6 @@
 // Writes and looks for the pattern of `contents.rs`, one thread a byte. `pattern.ptx` is made of it:
 //     nvcc -ptx -arch=compute_75 -o pattern.ptx pattern.cu
+// or, without a toolkit, with NVRTC (in the wheel nvidia-cuda-nvrtc-cu12 12.9.86) and --gpu-architecture=compute_75.
 
 struct Place {
     unsigned char* base;               // the slot's first byte in this layer's keys or values
@@ -12,6 +13,20 @@ struct Place {
     unsigned long long owner;
     unsigned long long salt;           // the layer and the part
 };
+
+// Which tokens, and whose: for kernels of a captured graph, which look it up when they run.
+struct Told {
+    unsigned long long first;
+    unsigned long long tokens;
+    unsigned long long owner;
+};
+
+static __device__ Place as_told(Place at, const Told* told) {
+    at.first = told->first;
+    at.tokens = told->tokens;
+    at.owner = told->owner;
+    return at;
+}
 
 static __device__ unsigned char expected(const Place& at, unsigned long long token, unsigned long long head,
                                          unsigned long long byte) {
@@ -43,6 +58,33 @@ extern "C" __global__ void find(Place at, unsigned long long* mismatches) {
     each(at, [&](unsigned char* place, unsigned char value) {
         if (*place != value) atomicAdd(mismatches, 1ull);
     });
+}
+
+extern "C" __global__ void fill_told(Place at, const Told* told) {
+    each(as_told(at, told), [](unsigned char* place, unsigned char value) { *place = value; });
+}
+
+extern "C" __global__ void find_told(Place at, const Told* told, unsigned long long* mismatches) {
+    each(as_told(at, told), [&](unsigned char* place, unsigned char value) {
+        if (*place != value) atomicAdd(mismatches, 1ull);
+    });
+}
+
+static __device__ unsigned long long now() {
+    unsigned long long time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
+// Reads several places over and over, for so many nanoseconds. Blocks along y are one place each.
+extern "C" __global__ void dwell(const Place* places, unsigned long long nanoseconds, unsigned long long* mismatches) {
+    const Place at = places[blockIdx.y];
+    unsigned long long start = now();
+    do {
+        each(at, [&](unsigned char* place, unsigned char value) {
+            if (*(volatile unsigned char*)place != value) atomicAdd(mismatches, 1ull);
+        });
+    } while (now() - start < nanoseconds);
 }
 
 // Writes one byte, wherever that is.

@@ -30,7 +30,8 @@ built() {
 }
 built cargo build --release --workspace
 built cargo test --release --no-run -p vattn \
-    --test conformance --test model --test fault_sweep --test contents --test cuda
+    --test conformance --test model --test fault_sweep --test contents --test cuda \
+    --test mapper_on_card --test soak
 built cargo bench --no-run -p vattn --benches
 # Cargo tells where it put each: `Executable benches/scenarios/main.rs (target/release/deps/scenarios-…)`.
 sed -n 's/^ *Executable .*(\(.*\/\([a-z_]*\)-[0-9a-f]*\))$/\2 \1/p' "$log" |

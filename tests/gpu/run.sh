@@ -1,12 +1,12 @@
 #!/bin/sh
 # Runs the GPU suite of the folder that it lies in, and leaves everything in FOLDER/results (or $OUT):
 #
-#   ./run.sh [tests] [sanitizer] [probe] [replay] [bench] [serving] [creating] [kernels] [attention] [busy]
+#   ./run.sh [tests] [soak] [sanitizer] [probe] [replay] [bench] [serving] [creating] [kernels] [attention] [busy]
 #   (default: all of them)
 #
-# `sanitizer` needs compute-sanitizer, `creating`, `kernels`, `attention` and `busy` a Python with PyTorch. Every
-# command has a time limit, and one that hangs has failed. Ends with the list of what passed, and with an error if
-# anything did not.
+# `soak` takes VATTN_SOAK_SECONDS (180). `sanitizer` needs compute-sanitizer, `creating`, `kernels`, `attention` and
+# `busy` a Python with PyTorch. Every command has a time limit, and one that hangs has failed. Ends with the list of
+# what passed, and with an error if anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
 out=${OUT:-$PWD/results}
@@ -38,17 +38,25 @@ note() {
 }
 
 tests() {
-    for test in conformance cuda model fault_sweep contents; do
+    for test in conformance cuda model fault_sweep contents mapper_on_card soak; do
         # One after the other: they count the memory that is free.
         note "$test" "bin/$test" --test-threads=1 --nocapture
     done
 }
 
-# Every access of a kernel is checked; CUDA's refusals, which the tests provoke, are not reported.
+soak() {
+    seconds=${VATTN_SOAK_SECONDS:-180}
+    limit=$((limit + seconds))
+    note long-soak env VATTN_SOAK_SECONDS="$seconds" bin/soak --nocapture
+    limit=$((limit - seconds))
+}
+
+# Every access of a kernel is checked; CUDA's refusals, which the tests provoke, are not reported. Kernels are
+# slow there, and calls of the driver may wait for them.
 sanitizer() {
-    for test in conformance contents model fault_sweep; do
-        note "memcheck-$test" compute-sanitizer --tool memcheck \
-            --report-api-errors no --error-exitcode 9 \
+    for test in conformance contents model fault_sweep mapper_on_card soak; do
+        note "memcheck-$test" env VATTN_UNDER_TOOL=1 VATTN_DWELL_MS=200 VATTN_SOAK_SECONDS=30 \
+            compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
             "bin/$test" --test-threads=1 --nocapture --skip touching_what_is_not_backed_faults
     done
 }
@@ -87,7 +95,7 @@ kernels() { note kernels python3 kernels.py "$out"; }
 attention() { note attention python3 attention.py "$out"; }
 busy() { note busy python3 attention_busy.py "$out"; }
 
-[ $# -gt 0 ] || set -- tests sanitizer probe replay bench serving creating kernels attention busy
+[ $# -gt 0 ] || set -- tests soak sanitizer probe replay bench serving creating kernels attention busy
 for part in "$@"; do
     "$part"
 done
