@@ -67,7 +67,7 @@ impl Backend {
         Self::Ledger(Ledger::new(LedgerOptions { granule, capacity, addresses: None }).unwrap())
     }
 
-    fn driver(&self) -> Arc<dyn Driver> {
+    pub(crate) fn driver(&self) -> Arc<dyn Driver> {
         match self {
             Self::Host(host) => host.clone(),
             Self::Ledger(ledger) => ledger.clone(),
@@ -105,7 +105,7 @@ impl Backend {
         }
     }
 
-    fn hold(&self, stream: Stream) {
+    pub(crate) fn hold(&self, stream: Stream) {
         match self {
             Self::Host(host) => host.hold(stream),
             Self::Ledger(ledger) => ledger.hold(stream),
@@ -114,7 +114,7 @@ impl Backend {
         }
     }
 
-    fn fire(&self, stream: Stream) {
+    pub(crate) fn fire(&self, stream: Stream) {
         match self {
             Self::Host(host) => host.fire(stream),
             Self::Ledger(ledger) => ledger.fire(stream),
@@ -123,7 +123,7 @@ impl Backend {
         }
     }
 
-    fn fire_all(&self) {
+    pub(crate) fn fire_all(&self) {
         match self {
             Self::Host(host) => host.fire_all(),
             Self::Ledger(ledger) => ledger.fire_all(),

@@ -38,15 +38,19 @@ impl Shape {
     }
 
     pub(crate) fn watch(&self) -> Watch {
+        Watch::new(self.backend(), self.device_has.map(|granules| self.granule * granules))
+    }
+
+    /// What is watched: for a test that would rather nobody did.
+    pub(crate) fn backend(&self) -> Backend {
         let capacity = self.granule * (self.budget * 4 + 64);
-        let backend = if on_card() {
+        if on_card() {
             Backend::card()
         } else if self.on_host {
             Backend::host(self.granule, capacity)
         } else {
             Backend::ledger(self.granule, capacity)
-        };
-        Watch::new(backend, self.device_has.map(|granules| self.granule * granules))
+        }
     }
 
     /// A card's granules are given: there the model's heads grow with them, so that the shape is the
