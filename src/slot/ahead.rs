@@ -44,7 +44,7 @@ impl SlotTable {
     fn describe_due(&self, slot: u32) -> Due {
         let (record, tokens) = (&self.records[index(slot)], self.tokens(slot));
         let wished = tokens.is_zero() || tokens + self.look_ahead < record.wish;
-        let end = self.memory_up_to(slot);
+        let end = record.usable;
         // Who is told of at all gets something: the first group is told of just where its target ends.
         let target = if wished {
             record.wish
@@ -125,17 +125,20 @@ impl SlotTable {
     fn settle_growth(&mut self, slot: u32) {
         let record = &self.records[index(slot)];
         let in_use = matches!(record.state, State::Active | State::Busy) && self.spare != Some(slot);
+        let wish = record.wish;
         let look_ahead = if self.tokens(slot).is_zero() { TokenCount::ZERO } else { self.look_ahead };
-        let idle = look_ahead.is_zero() && record.wish.is_zero();
-        if !in_use || idle {
+        if !in_use || (look_ahead.is_zero() && wish.is_zero()) {
             self.hot[index(slot)].wake = NEVER;
             return self.set_growth(slot, Growth::Enough);
         }
         let end = self.memory_up_to(slot);
+        self.records[index(slot)].usable = end;
         let wake = if end >= self.layout.max_tokens() {
             NEVER
-        } else if look_ahead.is_zero() || record.wish > end {
-            if record.wish > end { TokenCount::ZERO } else { NEVER }
+        } else if wish > end {
+            TokenCount::ZERO
+        } else if look_ahead.is_zero() {
+            NEVER
         } else {
             end.saturating_sub(self.notice(slot))
         };
@@ -198,10 +201,14 @@ impl SlotTable {
     /// Where the pieces of a run end that steps would use one after the other: looked at up to `enough`.
     pub(crate) fn usable_end(&self, place: Place, enough: Granules) -> Granules {
         let run = self.run(place);
+        let spare = &run.pieces()[run.needed()..];
+        if spare.is_empty() {
+            return run.frontier();
+        }
         let (terms, shape) = (&self.terms[place.tensor], &self.layout.tensors()[place.tensor]);
         let prompt = shape.granules(self.layout.round_to_tile(self.prompt(place.slot)));
         let mut end = run.frontier();
-        for piece in &run.pieces()[run.needed()..] {
+        for piece in spare {
             if end > enough || piece.granules() > terms.largest(end, prompt) {
                 break;
             }

@@ -117,6 +117,8 @@ struct Record {
     ahead: Granules,
     /// How many tokens its owner said it will soon hold.
     wish: TokenCount,
+    /// Up to how many tokens it has memory, when that was last looked at.
+    usable: TokenCount,
     growth: Growth,
 }
 
@@ -242,6 +244,7 @@ impl SlotTable {
             backed: TokenCount::ZERO,
             ahead: Granules::ZERO,
             wish: TokenCount::ZERO,
+            usable: TokenCount::ZERO,
             growth: Growth::Enough,
         };
         let slots = layout.slots();
