@@ -44,7 +44,7 @@ pub(super) struct Core {
     /// What the mapper was asked for, besides the growth that the slot table knows of.
     pub(super) goals: Ranked<Goals, 3>,
     /// Whether something was left to the mapper since it was last woken.
-    pub(super) alert: Arc<std::sync::atomic::AtomicBool>,
+    pub(super) alert: Arc<AtomicBool>,
     /// How much of a step's share of background work is spent; held by whoever does that work.
     pub(super) pace: Leaf<Pace>,
     /// How many callers wait until the background is done.
@@ -90,7 +90,7 @@ impl Core {
                 ))
             })?;
         let number = NEXT_CACHE.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let alert = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let alert = Arc::new(AtomicBool::new(false));
         let options = slot::Options {
             slack_divisor: config.slack_divisor(),
             spare: config.spare_index(),

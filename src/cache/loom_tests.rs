@@ -2,8 +2,8 @@
 //! they with the mapper as a third?
 //!
 //! The bookkeeping driver is real and its locks are not loom's: nothing else happens under one, and no
-//! model waits for an event. Up to three switches of threads that neither asked for are tried at every lock
-//! and atomic, which keeps the whole to a minute. Run with
+//! model waits for an event. Up to two switches of threads that neither asked for are tried at every lock
+//! and atomic, which keeps the whole to seconds. Run with
 //!
 //! ```text
 //! RUSTFLAGS="--cfg loom" cargo test -p vattn --release --lib loom
@@ -22,7 +22,7 @@ use crate::units::{Bytes, SlotId, TokenCount};
 
 fn model(run: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
+    builder.preemption_bound = Some(2);
     builder.max_branches = 100_000;
     builder.check(run);
 }

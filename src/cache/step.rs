@@ -1,7 +1,5 @@
 //! How slots get their tokens, and what would fit.
 
-use std::sync::atomic::Ordering;
-
 use crate::cache::core::{self, Core};
 use crate::cache::work::{Merging, Planner, Wanted, Work, abandon, shortage};
 use crate::cache::{Health, SlotTokens};
@@ -9,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Need, Pool, cover};
 use crate::slot::growth::{Change, Room, change};
 use crate::slot::{Place, Quick, SlotTable};
+use crate::sync::atomic::Ordering;
 use crate::units::{Granules, TokenCount, wide};
 
 /// How often a step is planned anew because the device had less memory than was planned with.

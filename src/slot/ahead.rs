@@ -4,10 +4,9 @@
 //! because they reach too far. Once its tokens come within the look-ahead of that, it is due. Slots begin
 //! at different points, so that requests which grow in step are not all due in one step.
 
-use std::sync::atomic::Ordering;
-
 use crate::error::Result;
 use crate::slot::{Growth, Place, SlotTable, SlotTokens, State, reach};
+use crate::sync::atomic::Ordering;
 use crate::tensor::Run;
 use crate::units::{Granules, TokenCount, index};
 

@@ -34,13 +34,13 @@ pub(crate) use fence::{Fence, add as add_fences};
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
 use crate::slot::fit::Wish;
 use crate::slot::growth::Generosity;
 use crate::stats::Counters;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::tensor::{Piece, Run};
 use crate::units::{Granules, SizeClass, SlotId, TokenCount, index};
 
