@@ -25,9 +25,11 @@
 //! | step | one iteration of the server: "these slots now hold this many tokens in all" |
 //! | retire | the request is done with its slot; its extents stay mapped |
 //! | parked | mapped, and holding nobody's tokens: a retired slot's extents, and what lies beyond the frontier of a slot in use |
+//! | ahead | parked, and mapped before the tokens of the slot in use came to need it |
 //! | adopt | a new request takes over a parked slot with the extents in it |
 //! | reclaim | parked extents are unmapped, and are free or go to another slot |
 //! | trim | memory is given back to the device |
+//! | mapper | the background thread: it maps ahead, keeps extents at hand, waits for fences and unmaps |
 //! | fence | what tells that device work submitted earlier is done ([`Fence`]) |
 //! | needed | bytes that the live tokens fill with no rounding at all: the packed floor |
 //! | mapped | extents of slots in use, up to the frontier |
