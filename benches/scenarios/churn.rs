@@ -17,8 +17,8 @@ use crate::serving::{Load, Manager, Served};
 use crate::table::{Cell, Table};
 use crate::{Bench, LAYOUTS, llama, tokens, trace, wide};
 
-const WARM_UP: usize = 8_000;
-const REQUESTS: usize = 12_000;
+const WARM_UP: usize = 11_000;
+const REQUESTS: usize = 19_366;
 const LEAST: usize = 64;
 const MOST: usize = 128;
 /// Iterations that it takes from the least to the most and back.
