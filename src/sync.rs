@@ -12,7 +12,8 @@
 //! | 3 | what the mapper was asked for | `cache` |
 //!
 //! A driver's own books sit behind a [`Leaf`]: no rank, because nothing but system calls is called
-//! under one. A [`Monitor`] has none either: it guards a few flags, and nothing is called under it.
+//! under one. A [`Monitor`] has none either: it guards a few flags, and nothing is called under it. The
+//! turn at background work is a [`Leaf`] that is held over all of these, and taken with none of them held.
 
 #[cfg(loom)]
 pub(crate) use loom::{sync::atomic, thread};
