@@ -8,13 +8,13 @@
 use crate::cache::SlotTokens;
 use crate::cache::background::{BATCH, Came, Pace};
 use crate::cache::core::Core;
-use crate::cache::work::{Planner, Wanted, Work};
+use crate::cache::work::{Planner, Work};
 use crate::error::{ErrorKind, Result};
 use crate::geometry::Background;
 use crate::pool::{Need, Pool, cover};
 use crate::slot::growth::{Change, Room, change};
 use crate::slot::{Among, Due, Place, SlotTable, State};
-use crate::units::{Granules, wide};
+use crate::units::{Granules, TokenCount, wide};
 
 /// Growth is urgent once less than this part of the look-ahead is left.
 const URGENT_DIVISOR: u64 = 4;
@@ -50,7 +50,8 @@ impl Core {
             self.table.lock().wish(entries)?;
             if self.config.background() == Background::Off {
                 // Not paced: what was asked for is due by itself.
-                while self.grow(&mut Pace::default()) == Came::Moved {}
+                let mut pace = Pace::default();
+                while self.grow(&mut pace) == Came::Moved {}
             }
             Ok(())
         }))
@@ -80,7 +81,8 @@ impl Core {
             let mut table = self.table.lock();
             let mut pool = self.pool.lock();
             let found = self.look(&mut table, &pool, pace, urgent);
-            let (work, missing) = plan(&mut table, &mut pool, &found.extensions);
+            let limit = pace.limit(pool.budget());
+            let (work, missing) = plan(&mut table, &mut pool, limit, &found.extensions);
             (Found { starved: found.starved || missing, ..found }, work)
         };
         if work.is_empty() {
@@ -129,7 +131,12 @@ impl Core {
                 self.counters.mapped_ahead.add(pieces);
             }
             // The device has less than the budget says: no error, as long as nobody needs it.
-            Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory => {}
+            Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory => {
+                let held = self.pool.lock().held();
+                if pace.note_refusal(held) {
+                    self.table.lock().revive();
+                }
+            }
             Err(error) => self.note_failure(error.context("mapping ahead")),
         }
         Came::Moved
@@ -151,9 +158,9 @@ impl Core {
         let runs_due = wide(due.len() * layout.tensors().len());
         let share = pace.left(self.counters.steps.get(), runs_due);
         let mut found = Found::default();
-        for due in due {
+        for mut due in due {
             let is_open = table.state(due.slot) == State::Active;
-            let is_urgent = self.is_urgent(&due);
+            let is_urgent = is_urgent(table, &due);
             let may_wait = self.may_wait() && !is_urgent && !due.wished;
             if urgent && !is_urgent {
                 continue;
@@ -163,9 +170,22 @@ impl Core {
                 continue;
             }
             let before = found.extensions.len();
+            let mut is_clipped = false;
+            if due.wished {
+                // No more than there is for all tensors alike.
+                let bytes = layout.granule().to_bytes(left.saturating_sub(ahead)).get();
+                let more = TokenCount::new(bytes / layout.bytes_per_token().get());
+                let target = table.tokens(due.slot) + due.left + more;
+                is_clipped = target < due.target;
+                due.target = due.target.min(target);
+            }
             // What was asked for may take all that is left, and no more than that.
-            let most = if due.wished { left } else { limit.min(left) };
-            let enough = extensions(table, &due, &mut room, |extension, more| {
+            let most = if due.wished { left } else { left.min(limit + table.ahead_wished()) };
+            let enough = extensions(table, &due, &mut room, |mut extension, mut more| {
+                if is_clipped {
+                    more -= extension.slack;
+                    extension.slack = Granules::ZERO;
+                }
                 let run = table.run(extension.place);
                 let unmaps = extension.keep < run.pieces().len() || !run.quarantined_granules().is_zero();
                 if unmaps && !table.fences(due.slot).is_empty() {
@@ -190,10 +210,11 @@ impl Core {
         }
         found
     }
+}
 
-    fn is_urgent(&self, due: &Due) -> bool {
-        !due.wished && due.left.get() < self.config.look_ahead().get() / URGENT_DIVISOR
-    }
+/// Whether growth is needed within the next few steps.
+fn is_urgent(table: &SlotTable, due: &Due) -> bool {
+    !due.wished && due.left.get() < (table.look_ahead().get() / URGENT_DIVISOR).max(1)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -223,7 +244,8 @@ fn extensions(
         // A prompt is covered as a whole; growth goes on from where the memory ends.
         let need = if due.wished { target } else { end + Granules::new(1) };
         let first = if due.wished { Granules::ZERO } else { shape.granules(prompt) };
-        let change = change(run, need, first, shape.max_granules(), table.terms(tensor), room);
+        let wish = shape.granules(layout.round_to_tile(table.wished(due.slot)));
+        let change = change(run, need, (first, wish), shape.max_granules(), table.terms(tensor), room);
         let Change::Extend { keep, to, slack } = change else { continue };
         let extension = Extension { place, generation: table.generation(due.slot), keep, to, slack };
         if take(extension, to + slack - run.boundary(keep)) == Step::Stop {
@@ -233,29 +255,32 @@ fn extensions(
     Step::Next
 }
 
-/// Plans them. A slot for which there are no extents is not looked at until memory is given up.
-fn plan(table: &mut SlotTable, pool: &mut Pool, found: &[Extension]) -> (Work, bool) {
-    let limit = pool.budget();
+/// Plans them, up to so many extents in all. A slot for which there are none is not looked at until memory
+/// is given up; whether there is one.
+fn plan(table: &mut SlotTable, pool: &mut Pool, limit: Granules, found: &[Extension]) -> (Work, bool) {
     let among = Among::Fired { until: u64::MAX, ahead: false };
     let mut planner = Planner::beside_the_path(table, pool, limit, among);
     let mut classes = Vec::new();
     let mut missing = None;
-    for Extension { place, keep, .. } in found {
-        planner.clear(*place);
-        planner.cut_to(*place, *keep);
-    }
     // A slot that is extended gives nothing: its pieces would lie elsewhere than was planned.
+    let all_cut = found.iter().all(|Extension { place, keep, .. }| {
+        planner.clear(*place);
+        planner.cut_to(*place, *keep, BATCH)
+    });
     for Extension { place, .. } in found {
         planner.leave_out(place.slot);
     }
-    'found: for extension in found {
+    'found: for extension in found.iter().filter(|_| all_cut) {
         let Extension { place, to, slack, .. } = *extension;
         let mut at = planner.end(place);
         classes.clear();
         cover(Need { from: at, to, slack, cuts: &[] }, &mut classes);
         for class in &classes {
-            if planner.want(place, at, *class) != Wanted::Found {
+            if !planner.want_some(place, at, *class, BATCH) {
                 missing = Some(place.slot);
+                break 'found;
+            }
+            if planner.extents() >= BATCH {
                 break 'found;
             }
             at += class.granules();

@@ -34,6 +34,8 @@ const A_WHILE: Duration = Duration::from_millis(1);
 const SHARE: u64 = 16;
 /// or so large a part of all that are due.
 const SHARE_DIVISOR: u64 = 8;
+/// After so many steps a device that had no more memory is asked for some again.
+const ASK_AGAIN: u64 = 1_000;
 /// Without a step for so long the server is idle, and what is due may as well be done at once.
 const IDLE: Duration = Duration::from_millis(50);
 
@@ -76,11 +78,13 @@ pub(super) struct Pace {
     since: Instant,
     /// Whether it counts how long that was ago.
     by_time: bool,
+    /// What was held when the device had no more, and after how many steps that was.
+    ceiling: Option<(Granules, u64)>,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { step: 0, spent: 0, since: Instant::now(), by_time: false }
+        Self { step: 0, spent: 0, since: Instant::now(), by_time: false, ceiling: None }
     }
 }
 
@@ -96,6 +100,18 @@ impl Pace {
     /// Whether there has been no step for a while.
     pub(super) fn is_quiet(&self) -> bool {
         self.by_time && self.since.elapsed() > IDLE
+    }
+
+    /// The device had no more than what is held now; whether that is news.
+    pub(super) fn note_refusal(&mut self, held: Granules) -> bool {
+        self.ceiling.replace((held, self.step)).is_none()
+    }
+
+    /// How much may be held: what the device had when it was last asked for more, for some steps, and then
+    /// it is asked anew.
+    pub(super) fn limit(&mut self, budget: Granules) -> Granules {
+        self.ceiling = self.ceiling.filter(|(_, step)| self.step < step + ASK_AGAIN);
+        self.ceiling.map_or(budget, |(held, _)| held.min(budget))
     }
 
     pub(super) fn spend(&mut self, extents: u64) {
@@ -157,6 +173,7 @@ impl Core {
                 ),
             )));
         }
+        self.noted(self.check_health())?;
         // Somebody else is at it.
         let Some(mut pace) = self.pace.try_lock() else { return Ok(true) };
         loop {
@@ -305,10 +322,9 @@ impl Core {
     pub(super) fn ask_for_free(&self, more: Granules, fences: Vec<slot::Fence>) -> Bytes {
         let until = self.table.lock().clock();
         let free = self.pool.lock().free_granules();
-        let target = Granules::new(free.get().saturating_add(more.get()));
         let mut goals = self.goals.lock();
-        let most = goals.free.map_or(target, |(other, _)| target.max(other));
-        goals.free = Some((most, until));
+        let from = goals.free.map_or(free, |(target, _)| target.max(free));
+        goals.free = Some((Granules::new(from.get().saturating_add(more.get())), until));
         goals.tried = false;
         let implied = slot::add_fences(&mut goals.fences, fences);
         drop(goals);
@@ -341,6 +357,13 @@ impl Core {
         let slots = self.goals.lock().eager.clone();
         let mut came = Came::ToNothing;
         for (slot, generation) in slots {
+            {
+                let table = self.table.lock();
+                if table.generation(slot) == generation && !table.fences(slot).is_empty() {
+                    came = Came::Fenced;
+                    continue;
+                }
+            }
             let moves = self.moves.lock();
             let work = {
                 let mut table = self.table.lock();
@@ -390,12 +413,13 @@ impl Core {
         let moves = self.moves.lock();
         if !tried {
             self.clear_quarantined(|planner| planner.clear_unfenced());
-            self.goals.lock().tried = true;
+            let waits = self.table.lock().has_fenced_quarantine();
+            self.goals.lock().tried = !waits;
         }
         let (work, has_fenced, unfinished) = {
             let mut table = self.table.lock();
             let mut pool = self.pool.lock();
-            let has_fenced = table.has_fenced(until);
+            let has_fenced = table.has_fenced(until) || table.has_fenced_quarantine();
             let limit = trim.map_or(pool.budget(), |(keep, _)| keep);
             let missing =
                 free.map_or(Granules::ZERO, |(target, _)| target.saturating_sub(pool.free_granules()));

@@ -54,7 +54,10 @@ impl Core {
         }
         drop(fences);
         self.sweep();
-        waited?;
+        if let Err(error) = waited {
+            self.let_go(id);
+            return Err(error);
+        }
         self.count_acquired(adopts);
         Ok(id)
     }

@@ -257,6 +257,7 @@ fn sketch(
     for entry in beyond {
         let slot = entry.slot.index();
         let (backed, prompt) = (layout.round_to_tile(entry.tokens), layout.round_to_tile(table.prompt(slot)));
+        let wish = layout.round_to_tile(table.wished(slot));
         for (tensor, shape) in layout.tensors().iter().enumerate() {
             let place = Place { slot, tensor };
             let need = shape.granules(backed);
@@ -264,8 +265,8 @@ fn sketch(
             if need <= run.frontier() {
                 continue;
             }
-            let first = shape.granules(prompt);
-            let change = change(run, need, first, shape.max_granules(), table.terms(tensor), &mut room);
+            let terms = (shape.granules(prompt), shape.granules(wish));
+            let change = change(run, need, terms, shape.max_granules(), table.terms(tensor), &mut room);
             moves |= matches!(change, Change::Extend { .. });
             changes.push((place, change));
         }

@@ -194,12 +194,48 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Takes the last pieces of a run out, down to so many.
-    pub(super) fn cut_to(&mut self, place: Place, keep: usize) {
+    /// Takes the last pieces of a run out, down to so many; whether that was done before the work came to
+    /// `most` extents.
+    pub(super) fn cut_to(&mut self, place: Place, keep: usize, most: usize) -> bool {
         while self.table.run(place).pieces().len() > keep {
+            if self.extents() >= most {
+                return false;
+            }
             let Some(spare) = self.table.pop_spare(place) else { break };
             self.take(spare);
         }
+        true
+    }
+
+    /// How many extents the work moves so far.
+    pub(super) fn extents(&self) -> usize {
+        let Work { quarantined, taken, withdrawn, wants, stock, fences: _ } = &self.work;
+        quarantined.len() + taken.len() + withdrawn.len() + wants.len() + stock.len()
+    }
+
+    /// Extents of any sizes for that place that come to one of that class, as long as the work comes to no
+    /// more than `most`; `false` if there are no more to be had.
+    pub(super) fn want_some(
+        &mut self,
+        place: Place,
+        mut at: Granules,
+        class: SizeClass,
+        most: usize,
+    ) -> bool {
+        if self.extents() >= most {
+            return true;
+        }
+        if let Some(source) = self.ready(class) {
+            self.work.wants.push(Want { place, at, source });
+            return true;
+        }
+        let mut rest = class.granules();
+        while !rest.is_zero() && self.extents() < most {
+            let Some(came) = self.want_piece(place, at, rest) else { return false };
+            at += came;
+            rest -= came;
+        }
+        true
     }
 
     /// Takes what holds nobody's tokens out of a slot that is still that generation's, at most so many
@@ -309,19 +345,26 @@ impl<'a> Planner<'a> {
     /// the spare ones of least use, of which one that is too large is split.
     fn want_pieces(&mut self, place: Place, mut at: Granules, class: SizeClass) -> bool {
         let mut rest = class.granules();
-        while let Some(largest) = SizeClass::at_most(rest) {
-            let Some((class, source)) = self.at_most(largest) else {
-                if !self.release_something(Granules::new(1)) {
-                    let Some(spare) = self.table.pop_oldest(self.among) else { return false };
-                    self.take(spare);
-                }
-                continue;
-            };
-            self.work.wants.push(Want { place, at, source });
-            at += class.granules();
-            rest -= class.granules();
+        while !rest.is_zero() {
+            let Some(came) = self.want_piece(place, at, rest) else { return false };
+            at += came;
+            rest -= came;
         }
         true
+    }
+
+    /// The largest extent up to so much that is at hand or may be made: or, where there is none, one that is
+    /// taken for it. Returns the granules that were found, and `None` if there is nothing left to take.
+    fn want_piece(&mut self, place: Place, at: Granules, rest: Granules) -> Option<Granules> {
+        let Some((class, source)) = self.at_most(SizeClass::at_most(rest)?) else {
+            if !self.release_something(Granules::new(1)) {
+                let spare = self.table.pop_oldest(self.among)?;
+                self.take(spare);
+            }
+            return Some(Granules::ZERO);
+        };
+        self.work.wants.push(Want { place, at, source });
+        Some(class.granules())
     }
 
     /// The largest extent up to that class that is at hand, else the largest that may be made.
@@ -406,6 +449,11 @@ impl<'a> Planner<'a> {
         if let Some(spare) = self.table.pop_matching(class.granules(), self.among) {
             self.take(spare);
             return true;
+        }
+        // Nothing is given up for what can't be had.
+        let had = self.pool.surplus() + self.table.takeable(self.among);
+        if self.pool.held() + class.granules() > self.limit + had {
+            return false;
         }
         for _ in 0..most {
             if let Some(promise) = self.pool.promise(class, self.limit + self.credit) {

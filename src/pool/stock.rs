@@ -33,6 +33,12 @@ impl Pool {
         self.wanted = [0; SizeClass::COUNT];
     }
 
+    /// Free granules that are not kept at hand.
+    pub(crate) fn surplus(&self) -> Granules {
+        let surplus = |class: SizeClass| self.count_free(class).saturating_sub(self.wanted[class.index()]);
+        SizeClass::all().map(|class| class.granules() * surplus(class)).sum()
+    }
+
     /// A free extent to be released that is not kept at hand: the smallest that is large enough, else the
     /// largest there is.
     pub(crate) fn withdraw_surplus(&mut self, granules: Granules) -> Option<Withdrawn> {

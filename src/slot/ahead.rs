@@ -33,6 +33,21 @@ impl SlotTable {
         self.ahead
     }
 
+    /// What of it their owners asked for.
+    pub(crate) fn ahead_wished(&self) -> Granules {
+        self.ahead_wished
+    }
+
+    /// How many tokens the slot's owner said it will soon hold.
+    pub(crate) fn wished(&self, slot: u32) -> TokenCount {
+        self.records[index(slot)].wish
+    }
+
+    /// With how many tokens to go growth is mapped.
+    pub(crate) fn look_ahead(&self) -> TokenCount {
+        self.look_ahead
+    }
+
     /// The slots that will soon need more memory, those first that will need it soonest.
     pub(crate) fn due(&self) -> Vec<Due> {
         let mut due: Vec<_> = self.due.iter().map(|slot| self.describe_due(*slot)).collect();
@@ -42,7 +57,7 @@ impl SlotTable {
 
     fn describe_due(&self, slot: u32) -> Due {
         let (record, tokens) = (&self.records[index(slot)], self.tokens(slot));
-        let wished = tokens.is_zero() || tokens + self.look_ahead < record.wish;
+        let wished = self.is_wished(slot);
         let end = record.usable;
         // Who is told of at all gets something: the first group is told of just where its target ends.
         let target = if wished {
@@ -51,6 +66,12 @@ impl SlotTable {
             (tokens + self.look_ahead).max(TokenCount::new(end.get().saturating_add(1)))
         };
         Due { slot, left: end.saturating_sub(tokens), target: target.min(self.layout.max_tokens()), wished }
+    }
+
+    /// Whether a slot's owner asked for more than growth would be given.
+    fn is_wished(&self, slot: u32) -> bool {
+        let tokens = self.tokens(slot);
+        tokens.is_zero() || tokens + self.look_ahead < self.records[index(slot)].wish
     }
 
     /// Whether any slot will soon need more memory, and whether some would if there were any to be had.
@@ -66,10 +87,15 @@ impl SlotTable {
         }
         for entry in entries {
             let slot = entry.slot.index();
-            self.records[index(slot)].wish = entry.tokens;
+            let before = std::mem::replace(&mut self.records[index(slot)].wish, entry.tokens);
+            if entry.tokens < before {
+                // What was mapped for it is as good as anybody's, and is there if it is needed after all.
+                self.records[index(slot)].runs.iter_mut().for_each(Run::forget_ahead);
+            }
             self.forgive(slot);
-            self.settle_growth(slot);
+            self.settle(slot);
         }
+        self.revive();
         Ok(())
     }
 
@@ -85,6 +111,23 @@ impl SlotTable {
         for slot in std::mem::take(&mut self.starved) {
             self.records[index(slot)].growth = Growth::Enough;
             self.settle_growth(slot);
+        }
+    }
+
+    /// After a truncation: what is left within the look-ahead is mapped ahead as before, and what reaches
+    /// further is not.
+    pub(super) fn keep_ahead(&mut self, slot: u32) {
+        let near = self.layout.round_to_tile(self.tokens(slot) + self.look_ahead);
+        let prompt = self.layout.round_to_tile(self.prompt(slot));
+        let tensors = self.layout.tensors();
+        for ((run, tensor), terms) in self.records[index(slot)].runs.iter_mut().zip(tensors).zip(&self.terms)
+        {
+            let near = tensor.granules(near);
+            run.forget_ahead();
+            if !self.look_ahead.is_zero() && run.end() <= near + terms.largest(near, tensor.granules(prompt))
+            {
+                run.add_ahead(run.pieces().len());
+            }
         }
     }
 
@@ -110,10 +153,14 @@ impl SlotTable {
 
     /// Brings what is known of a slot's growth up to date with its runs.
     pub(super) fn settle_ahead(&mut self, slot: u32) {
+        let is_wished = self.is_wished(slot);
         let record = &mut self.records[index(slot)];
         let ahead = record.runs.iter().map(Run::ahead).sum();
         let before = std::mem::replace(&mut record.ahead, ahead);
         self.ahead = self.ahead + ahead - before;
+        let wished = if is_wished { ahead } else { Granules::ZERO };
+        let before_wished = std::mem::replace(&mut record.ahead_wished, wished);
+        self.ahead_wished = self.ahead_wished + wished - before_wished;
         self.settle_growth(slot);
         if ahead < before {
             // What may be mapped ahead in all has room again.
@@ -206,9 +253,11 @@ impl SlotTable {
         }
         let (terms, shape) = (&self.terms[place.tensor], &self.layout.tensors()[place.tensor]);
         let prompt = shape.granules(self.layout.round_to_tile(self.prompt(place.slot)));
+        let wish = shape.granules(self.layout.round_to_tile(self.wished(place.slot)));
         let mut end = run.frontier();
         for piece in spare {
-            if end > enough || piece.granules() > terms.largest(end, prompt) {
+            let largest = terms.largest(end, prompt);
+            if end > enough || (piece.granules() > largest && piece.end() > wish + largest) {
                 break;
             }
             end = piece.end();

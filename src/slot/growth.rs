@@ -137,11 +137,12 @@ pub(crate) enum Change {
 
 /// Decides how `run` comes to cover `need` granules, and spends what that takes beyond the need.
 ///
-/// `prompt` is what the owner's first step needed; zero before it.
+/// `prompt` is what the owner's first step needed; zero before it. `wish` is what he said he will soon need:
+/// what was mapped for that does not reach too far.
 pub(crate) fn change(
     run: &Run,
     need: Granules,
-    prompt: Granules,
+    (prompt, wish): (Granules, Granules),
     most: Granules,
     terms: &Generosity,
     room: &mut Room,
@@ -154,10 +155,11 @@ pub(crate) fn change(
             let anew =
                 if prompt.is_zero() { Granules::ZERO } else { growth.saturating_sub(Granules::new(1)) };
             let allowed = terms.overshoot(room.short).min(room.share(ROUNDING_DIVISOR)).max(anew);
+            let beyond = run.boundary(pieces).saturating_sub(need.max(wish));
             if pieces <= run.needed() {
                 return Change::Covered { pieces };
             }
-            if over <= allowed {
+            if beyond <= allowed && (over <= allowed || over <= room.left) {
                 room.spend(over);
                 return Change::Covered { pieces };
             }
@@ -217,11 +219,13 @@ mod tests {
     fn a_prompt_is_rounded_and_growth_is_not_one_granule_at_a_time() {
         let (run, terms) = (Run::default(), terms(32));
         let plenty = || Room::new(granules(10_000), granules(10_000), 2);
-        let first = change(&run, granules(37), granules(0), granules(4096), &terms, &mut plenty());
+        let first =
+            change(&run, granules(37), (granules(0), granules(0)), granules(4096), &terms, &mut plenty());
         assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(2) });
-        let later = change(&run, granules(1), granules(37), granules(4096), &terms, &mut plenty());
+        let later =
+            change(&run, granules(1), (granules(37), granules(0)), granules(4096), &terms, &mut plenty());
         assert_eq!(later, Change::Extend { keep: 0, to: granules(2), slack: granules(0) });
-        let grown = change(&run, granules(1), granules(1), granules(1), &terms, &mut plenty());
+        let grown = change(&run, granules(1), (granules(1), granules(0)), granules(1), &terms, &mut plenty());
         assert_eq!(grown, Change::Extend { keep: 0, to: granules(1), slack: granules(0) });
     }
 
@@ -230,9 +234,10 @@ mod tests {
         let (run, terms) = (Run::default(), terms(32));
         let mut none = Room::new(granules(0), granules(10_000), 2);
         assert!(none.is_short());
-        let first = change(&run, granules(37), granules(0), granules(4096), &terms, &mut none);
+        let first = change(&run, granules(37), (granules(0), granules(0)), granules(4096), &terms, &mut none);
         assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(0) });
-        let later = change(&run, granules(38), granules(37), granules(4096), &terms, &mut none);
+        let later =
+            change(&run, granules(38), (granules(37), granules(0)), granules(4096), &terms, &mut none);
         assert_eq!(later, Change::Extend { keep: 0, to: granules(38), slack: granules(0) });
     }
 }

@@ -115,6 +115,8 @@ struct Record {
     backed: TokenCount,
     /// What of its spare memory was mapped ahead for its owner.
     ahead: Granules,
+    /// What of that he asked for.
+    ahead_wished: Granules,
     /// How many tokens its owner said it will soon hold.
     wish: TokenCount,
     /// Up to how many tokens it has memory, when that was last looked at.
@@ -165,6 +167,7 @@ pub(crate) struct SlotTable {
     backed: Granules,
     quarantined: Granules,
     ahead: Granules,
+    ahead_wished: Granules,
     active: u64,
     /// Fences that nobody needs any more, to be destroyed where no lock is held.
     trash: Vec<Fence>,
@@ -243,6 +246,7 @@ impl SlotTable {
             prompt: TokenCount::ZERO,
             backed: TokenCount::ZERO,
             ahead: Granules::ZERO,
+            ahead_wished: Granules::ZERO,
             wish: TokenCount::ZERO,
             usable: TokenCount::ZERO,
             growth: Growth::Enough,
@@ -269,6 +273,7 @@ impl SlotTable {
             backed: Granules::ZERO,
             quarantined: Granules::ZERO,
             ahead: Granules::ZERO,
+            ahead_wished: Granules::ZERO,
             active: 0,
             trash: Vec::new(),
             spare,
@@ -654,9 +659,10 @@ impl SlotTable {
     /// Takes tokens away; what held them is spare from now on.
     pub(crate) fn truncate(&mut self, slot: u32, tokens: TokenCount, fences: Vec<Fence>) {
         self.add_fences(slot, fences);
-        self.records[index(slot)].runs.iter_mut().for_each(Run::forget_ahead);
         self.renew_age(slot);
         self.set_tokens(slot, tokens);
+        self.keep_ahead(slot);
+        self.settle(slot);
         self.revive();
     }
 
@@ -785,6 +791,19 @@ impl SlotTable {
     pub(crate) fn fences_by_slot(&self) -> Vec<(u32, Vec<Fence>)> {
         let some = (0..).zip(&self.records).filter(|(_, record)| !record.fences.is_empty());
         some.map(|(slot, record)| (slot, record.fences.clone())).collect()
+    }
+
+    /// Granules of spare memory that may be taken.
+    pub(crate) fn takeable(&self, among: Among) -> Granules {
+        let listed = self.by_age.iter().filter(|(age, slot)| self.is_among(*age, *slot, among));
+        let spare = |run: &Run| run.end() - run.frontier();
+        listed.map(|(_, slot)| self.records[index(*slot)].runs.iter().map(spare).sum::<Granules>()).sum()
+    }
+
+    /// Whether what the driver would not let go of waits for a fence.
+    pub(crate) fn has_fenced_quarantine(&self) -> bool {
+        !self.quarantined.is_zero()
+            && self.records.iter().any(|record| !record.quarantined.is_zero() && !record.fences.is_empty())
     }
 
     /// Whether memory that holds nobody's tokens, last used by then, waits for a fence.
