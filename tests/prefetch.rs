@@ -154,6 +154,19 @@ fn tokens_that_are_taken_back_again_and_again_keep_their_memory() {
 }
 
 #[test]
+fn a_long_tail_that_was_truncated_is_given_back() {
+    let (_watch, cache) = cache_of(&shape(), |builder| builder);
+    let slot = cache.acquire(tokens(50), Some(ONE)).unwrap();
+    (50..=280).for_each(|count| step(&cache, slot, count).unwrap());
+    cache.truncate(slot, tokens(50), IDLE).unwrap();
+    let held = cache.bytes().held;
+    cache.trim(Bytes::ZERO, IDLE).unwrap();
+    cache.flush().unwrap();
+    // 50 tokens are 7 granules in each of two tensors; what is mapped ahead of them is some extents more.
+    assert!(cache.bytes().held <= GRANULE * 2 * 30, "{held} became {:?}", cache.bytes());
+}
+
+#[test]
 fn the_mapper_moves_a_few_extents_at_a_time() {
     // All memory lies in extents of a granule, parked; a prompt of a thousand granules is asked for.
     let shape = Shape { budget: 1200, slots: 600, max_tokens: 4000, ..shape() };

@@ -88,8 +88,11 @@ impl Core {
         if work.is_empty() {
             return match found {
                 Found { fenced: true, .. } => Came::Fenced,
-                // Each step tells the mapper as long as any slot is due.
                 Found { paced: true, .. } if !pace.is_quiet() => Came::Paced,
+                Found { paced: true, .. } => {
+                    self.table.lock().tell_next_step();
+                    Came::ToNothing
+                }
                 // Those that were due could not be given any, and are not due any more.
                 Found { starved: true, .. } => Came::Moved,
                 Found { .. } => Came::ToNothing,

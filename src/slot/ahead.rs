@@ -114,18 +114,16 @@ impl SlotTable {
         }
     }
 
-    /// After a truncation: what is left within the look-ahead is mapped ahead as before, and what reaches
-    /// further is not.
+    /// After a truncation: what lies within the look-ahead, give or take an extent, is mapped ahead as before,
+    /// and what reaches further is not.
     pub(super) fn keep_ahead(&mut self, slot: u32) {
         let near = self.layout.round_to_tile(self.tokens(slot) + self.look_ahead);
-        let prompt = self.layout.round_to_tile(self.prompt(slot));
         let tensors = self.layout.tensors();
         for ((run, tensor), terms) in self.records[index(slot)].runs.iter_mut().zip(tensors).zip(&self.terms)
         {
             let near = tensor.granules(near);
             run.forget_ahead();
-            if !self.look_ahead.is_zero() && run.end() <= near + terms.largest(near, tensor.granules(prompt))
-            {
+            if !self.look_ahead.is_zero() && run.end() <= near + terms.growth(near) * 2 {
                 run.add_ahead(run.pieces().len());
             }
         }
@@ -139,6 +137,11 @@ impl SlotTable {
             record.runs[place.tensor].add_ahead(pieces);
             self.renew_age(place.slot);
         }
+    }
+
+    /// The mapper goes to sleep although some slots are due: it is told of the next step.
+    pub(crate) fn tell_next_step(&mut self) {
+        self.tells_next_step = true;
     }
 
     /// A step came to the point where the mapper is told of some of its slots.

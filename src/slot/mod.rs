@@ -158,6 +158,8 @@ pub(crate) struct SlotTable {
     due: Vec<u32>,
     starved: Vec<u32>,
     look_ahead: TokenCount,
+    /// Whether the next step tells the mapper, which sleeps although some slots are due.
+    tells_next_step: bool,
     /// Told that there is something for the mapper to do.
     alert: Arc<AtomicBool>,
     clock: u64,
@@ -265,6 +267,7 @@ impl SlotTable {
             due: Vec::new(),
             starved: Vec::new(),
             look_ahead: look_ahead.min(most),
+            tells_next_step: false,
             alert,
             clock: 0,
             steps: 0,
@@ -456,7 +459,7 @@ impl SlotTable {
         if due {
             self.note_due(entries);
         }
-        if !self.due.is_empty() {
+        if std::mem::take(&mut self.tells_next_step) {
             self.alert.store(true, Ordering::Relaxed);
         }
         self.count_tokens();
