@@ -268,7 +268,8 @@ impl KvCache {
     }
 
     /// Gives memory back to the device until no more than `keep` is held, or until all is given back
-    /// that holds nobody's tokens now. Mappings go once their fences and `fences` have fired.
+    /// that holds nobody's tokens now. Mappings go once their fences and `fences` have fired. What is
+    /// mapped ahead for slots in use is left to them: it would only be mapped again.
     ///
     /// Returns at once, with what is held now; [`flush`](Self::flush) waits until it is done: then more
     /// than `keep` is held only where slots in use need it, or went on growing. With
@@ -299,8 +300,9 @@ impl KvCache {
     }
 
     /// Does, on the calling thread, what the mapper would do by now: for [`Background::Caller`], once an
-    /// iteration. How much it does at a time is bounded (see `DESIGN.md`), so that a burst of growth is
-    /// spread over the steps that are left before it is needed. Never waits for a fence, nor for another
+    /// iteration. Growth gets a share of each step, so that a burst of it is spread over the steps that
+    /// are left before it is needed; what was asked for (a trim, a prefetch) is done as far as fences
+    /// allow. Others get their turn after every few extents. Never waits for a fence, nor for another
     /// thread that is in this call.
     ///
     /// Returns whether something is left that it will do later: not before the next step, or not before a

@@ -113,7 +113,7 @@ pub enum Background {
     /// simulation that has to come out the same in every run.
     Caller,
     /// Nobody: every call does all of its work before it returns, and waits for the fences of what it
-    /// unmaps.
+    /// unmaps. Nothing is mapped ahead or kept at hand.
     Off,
 }
 
