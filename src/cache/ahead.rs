@@ -261,7 +261,7 @@ fn extensions(
 /// Plans them, up to so many extents in all. A slot for which there are none is not looked at until memory
 /// is given up; whether there is one.
 fn plan(table: &mut SlotTable, pool: &mut Pool, limit: Granules, found: &[Extension]) -> (Work, bool) {
-    let among = Among::Fired { until: u64::MAX, ahead: false };
+    let among = Among::Fired { until: u64::MAX };
     let mut planner = Planner::beside_the_path(table, pool, limit, among);
     let mut classes = Vec::new();
     let mut missing = None;

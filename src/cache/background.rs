@@ -269,7 +269,7 @@ impl Core {
         let asked = self.goals.lock().fences.clone();
         let mut some = false;
         for (slot, fences) in all {
-            let (fired, _waiting) = self.fired(fences)?;
+            let fired = Self::fired(fences)?;
             if !fired.is_empty() {
                 some = true;
                 let mut table = self.table.lock();
@@ -277,7 +277,7 @@ impl Core {
                 table.revive();
             }
         }
-        let (fired, _waiting) = self.fired(asked)?;
+        let fired = Self::fired(asked)?;
         if !fired.is_empty() {
             some = true;
             let dropped: Vec<_> = {
@@ -290,13 +290,15 @@ impl Core {
         Ok(some)
     }
 
-    /// Parts fences in those that have fired and those that have not.
-    fn fired(&self, fences: Vec<slot::Fence>) -> Result<(Vec<slot::Fence>, Vec<slot::Fence>)> {
-        let (mut fired, mut waiting) = (Vec::new(), Vec::new());
+    /// Those of the fences that have fired.
+    fn fired(fences: Vec<slot::Fence>) -> Result<Vec<slot::Fence>> {
+        let mut fired = Vec::new();
         for fence in fences {
-            if fence.event().query()? { fired.push(fence) } else { waiting.push(fence) }
+            if fence.event().query()? {
+                fired.push(fence);
+            }
         }
-        Ok((fired, waiting))
+        Ok(fired)
     }
 
     /// Asks that no more than so much be held.
@@ -307,14 +309,10 @@ impl Core {
             pool.forget_misses();
             pool.held()
         };
-        let mut goals = self.goals.lock();
-        let least = goals.trim.map_or(keep, |(other, _)| keep.min(other));
-        goals.trim = Some((least, until));
-        goals.tried = false;
-        let implied = slot::add_fences(&mut goals.fences, fences);
-        drop(goals);
-        drop(implied);
-        self.alert.store(true, Relaxed);
+        self.ask(fences, |goals| {
+            let least = goals.trim.map_or(keep, |(other, _)| keep.min(other));
+            goals.trim = Some((least, until));
+        });
         self.driver.info().granule.to_bytes(held)
     }
 
@@ -322,15 +320,23 @@ impl Core {
     pub(super) fn ask_for_free(&self, more: Granules, fences: Vec<slot::Fence>) -> Bytes {
         let until = self.table.lock().clock();
         let free = self.pool.lock().free_granules();
-        let mut goals = self.goals.lock();
-        let from = goals.free.map_or(free, |(target, _)| target.max(free));
-        goals.free = Some((Granules::new(from.get().saturating_add(more.get())), until));
-        goals.tried = false;
-        let implied = slot::add_fences(&mut goals.fences, fences);
-        drop(goals);
+        self.ask(fences, |goals| {
+            let from = goals.free.map_or(free, |(target, _)| target.max(free));
+            goals.free = Some((Granules::new(from.get().saturating_add(more.get())), until));
+        });
+        self.driver.info().granule.to_bytes(free)
+    }
+
+    /// Leaves something to whoever works in the background, to be done once the fences have fired.
+    fn ask(&self, fences: Vec<slot::Fence>, note: impl FnOnce(&mut Goals)) {
+        let implied = {
+            let mut goals = self.goals.lock();
+            note(&mut goals);
+            goals.tried = false;
+            slot::add_fences(&mut goals.fences, fences)
+        };
         drop(implied);
         self.alert.store(true, Relaxed);
-        self.driver.info().granule.to_bytes(free)
     }
 
     /// A slot's memory was given up: where that is the option, it is unmapped without delay.
@@ -375,7 +381,7 @@ impl Core {
                 }
                 let mut pool = self.pool.lock();
                 let limit = pool.budget();
-                let among = Among::Fired { until: u64::MAX, ahead: false };
+                let among = Among::Fired { until: u64::MAX };
                 let mut planner = work::Planner::beside_the_path(&mut table, &mut pool, limit, among);
                 planner.cut_all(slot, generation, BATCH);
                 planner.finish(Vec::new())
@@ -409,7 +415,7 @@ impl Core {
         }
         let until = trim.into_iter().chain(free).map(|(_, until)| until).max().unwrap_or(0);
         // What was mapped ahead would only be mapped again.
-        let among = Among::Fired { until, ahead: false };
+        let among = Among::Fired { until };
         let moves = self.moves.lock();
         if !tried {
             self.clear_quarantined(|planner| planner.clear_unfenced());

@@ -30,7 +30,7 @@ impl Core {
             let mut pool = self.pool.lock();
             let budget = pool.budget();
             let Some(class) = pool.lacking(limit) else { return Came::ToNothing };
-            let among = Among::Fired { until: u64::MAX, ahead: false };
+            let among = Among::Fired { until: u64::MAX };
             let mut planner = Planner::beside_the_path(&mut table, &mut pool, budget, among);
             let is_possible = planner.stock(class, BATCH);
             (class, planner.finish(Vec::new()), is_possible)

@@ -97,12 +97,13 @@ pub(super) struct Work {
 
 impl Work {
     pub(super) fn is_empty(&self) -> bool {
+        self.extents() == 0
+    }
+
+    /// How many extents it moves.
+    fn extents(&self) -> usize {
         let Self { quarantined, taken, withdrawn, wants, stock, fences: _ } = self;
-        quarantined.is_empty()
-            && taken.is_empty()
-            && withdrawn.is_empty()
-            && wants.is_empty()
-            && stock.is_empty()
+        quarantined.len() + taken.len() + withdrawn.len() + wants.len() + stock.len()
     }
 
     /// Where something will be mapped, and how many extents in each place.
@@ -209,19 +210,12 @@ impl<'a> Planner<'a> {
 
     /// How many extents the work moves so far.
     pub(super) fn extents(&self) -> usize {
-        let Work { quarantined, taken, withdrawn, wants, stock, fences: _ } = &self.work;
-        quarantined.len() + taken.len() + withdrawn.len() + wants.len() + stock.len()
+        self.work.extents()
     }
 
     /// Extents of any sizes for that place that come to one of that class, as long as the work comes to no
     /// more than `most`; `false` if there are no more to be had.
-    pub(super) fn want_some(
-        &mut self,
-        place: Place,
-        mut at: Granules,
-        class: SizeClass,
-        most: usize,
-    ) -> bool {
+    pub(super) fn want_some(&mut self, place: Place, at: Granules, class: SizeClass, most: usize) -> bool {
         if self.extents() >= most {
             return true;
         }
@@ -229,13 +223,7 @@ impl<'a> Planner<'a> {
             self.work.wants.push(Want { place, at, source });
             return true;
         }
-        let mut rest = class.granules();
-        while !rest.is_zero() && self.extents() < most {
-            let Some(came) = self.want_piece(place, at, rest) else { return false };
-            at += came;
-            rest -= came;
-        }
-        true
+        self.want_pieces(place, at, class, most)
     }
 
     /// Takes what holds nobody's tokens out of a slot that is still that generation's, at most so many
@@ -276,7 +264,7 @@ impl<'a> Planner<'a> {
             || match self.merging {
                 Merging::Unknown => return Wanted::Undecided,
                 Merging::Allowed => self.want_resized(place, at, class),
-                Merging::Forbidden => self.want_pieces(place, at, class),
+                Merging::Forbidden => self.want_pieces(place, at, class, usize::MAX),
             };
         if found { Wanted::Found } else { Wanted::Missing }
     }
@@ -342,10 +330,11 @@ impl<'a> Planner<'a> {
     }
 
     /// Extents of any sizes that come to that class: smaller ones that are at hand or may be made, then
-    /// the spare ones of least use, of which one that is too large is split.
-    fn want_pieces(&mut self, place: Place, mut at: Granules, class: SizeClass) -> bool {
+    /// the spare ones of least use, of which one that is too large is split; as long as the work comes to no
+    /// more than `most`.
+    fn want_pieces(&mut self, place: Place, mut at: Granules, class: SizeClass, most: usize) -> bool {
         let mut rest = class.granules();
-        while !rest.is_zero() {
+        while !rest.is_zero() && self.extents() < most {
             let Some(came) = self.want_piece(place, at, rest) else { return false };
             at += came;
             rest -= came;

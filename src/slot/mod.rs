@@ -191,12 +191,10 @@ pub(crate) enum Quick {
 pub(crate) enum Among {
     /// Anybody's; whoever takes it waits for its fences.
     Any,
-    /// That of slots without a fence that has yet to fire, last used by then.
+    /// That of slots for which nothing is mapped ahead and no fence has yet to fire, last used by then.
     Fired {
         /// On the clock of [`SlotTable::clock`].
         until: u64,
-        /// What was mapped ahead for somebody, too.
-        ahead: bool,
     },
 }
 
@@ -703,9 +701,7 @@ impl SlotTable {
     fn is_among(&self, (ahead, stamp): Age, slot: u32, among: Among) -> bool {
         match among {
             Among::Any => true,
-            Among::Fired { until, ahead: too } => {
-                (too || !ahead) && stamp <= until && self.records[index(slot)].fences.is_empty()
-            }
+            Among::Fired { until } => !ahead && stamp <= until && self.records[index(slot)].fences.is_empty(),
         }
     }
 
