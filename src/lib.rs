@@ -55,12 +55,15 @@
 //! | `slot` | who has a slot, which parked one is adopted, how much a run grows |
 //! | `mapper` | the background thread: how it is woken, waited for and ended |
 //! | [`cache`] | how an operation is planned, carried out, and published or undone |
+//! | [`ffi`] | what C sees: `include/vattn.h` |
 //!
 //! Imports point up this table and never down.
 
 pub mod cache;
 pub mod driver;
 pub mod error;
+#[cfg(not(loom))]
+pub mod ffi;
 pub mod geometry;
 pub mod layout;
 pub(crate) mod mapper;

@@ -23,6 +23,9 @@ pub(crate) use std::{sync::atomic, thread};
 use std::time::Duration;
 
 pub(crate) use parking_lot::{Condvar, Mutex as Leaf};
+/// What many read and few change: the tables of the objects that C has. Held over all of the others.
+#[cfg(not(loom))]
+pub(crate) use parking_lot::{RwLock as ReadWrite, RwLockReadGuard as ReadGuard};
 
 #[cfg(all(debug_assertions, not(loom)))]
 thread_local! {

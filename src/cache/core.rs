@@ -232,6 +232,14 @@ impl Core {
         result
     }
 
+    /// Notes that a caller's call panicked.
+    #[cfg(not(loom))]
+    pub(super) fn fail(&self, why: &str) {
+        if self.failure.set(why.to_owned()).is_ok() {
+            tracing::error!(why, "a call panicked: the cache has failed");
+        }
+    }
+
     /// Notes that the device is gone, if that is what an error says.
     pub(super) fn note_loss(&self, error: &Error) {
         if error.kind() == ErrorKind::DeviceLost && self.failure.set(error.report()).is_ok() {

@@ -383,6 +383,12 @@ impl KvCache {
         self.core.report()
     }
 
+    /// The cache has failed from now on, since a call of it panicked: what it left half done can't be known.
+    #[cfg(not(loom))]
+    pub(crate) fn fail(&self, why: &str) {
+        self.core.fail(why);
+    }
+
     /// Wakes the mapper if what was just done left it something to do.
     fn then_wake<T>(&self, result: T) -> T {
         if let Some(mapper) = &self.mapper

@@ -1,0 +1,185 @@
+//! Is `include/vattn.h` what cbindgen makes of `src/ffi`, and is all of it documented?
+//!
+//! With `VATTN_BLESS=1` in the environment it is written anew.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The files with declarations for C, in the header's order.
+const CHAPTERS: [&str; 10] =
+    ["status", "library", "log", "geometry", "driver", "config", "layout", "cache", "stats", "testing"];
+
+fn header() -> PathBuf {
+    root().join("include/vattn.h")
+}
+
+fn committed() -> String {
+    fs::read_to_string(header()).unwrap()
+}
+
+#[test]
+fn the_header_is_what_the_sources_say() {
+    let config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
+    let mut made = Vec::new();
+    let builder = cbindgen::Builder::new().with_config(config);
+    let builder = CHAPTERS.iter().fold(builder, |builder, file| {
+        builder.with_src(root().join("src/ffi").join(file).with_extension("rs"))
+    });
+    builder.generate().unwrap().write(&mut made);
+    let made = String::from_utf8(made).unwrap();
+    if std::env::var_os("VATTN_BLESS").is_some() {
+        fs::write(header(), &made).unwrap();
+    }
+    let committed = committed();
+    let differs = made.lines().zip(committed.lines()).position(|(made, committed)| made != committed);
+    assert!(
+        made == committed,
+        "include/vattn.h is not what src/ffi says, from line {} on; run VATTN_BLESS=1 cargo test --test header",
+        differs.map_or(made.lines().count().min(committed.lines().count()), |line| line) + 1
+    );
+}
+
+/// The sources of the C ABI.
+fn sources() -> impl Iterator<Item = (PathBuf, String)> {
+    fs::read_dir(root().join("src/ffi")).unwrap().map(|file| {
+        let path = file.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        (path, text)
+    })
+}
+
+/// What stands behind each occurrence of `before`, as far as it is a name.
+fn names<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a str> {
+    text.match_indices(before).map(move |(at, _)| {
+        let name = &text[at + before.len()..];
+        &name[..name.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(name.len())]
+    })
+}
+
+#[test]
+fn everything_of_c_is_in_the_header() {
+    let header = committed();
+    let mut seen = BTreeSet::new();
+    for (_, text) in sources() {
+        for before in ["extern \"C\" fn ", "pub struct ", "pub enum ", "pub const ", "pub type "] {
+            seen.extend(
+                names(&text, before)
+                    .filter(|name| name.to_lowercase().starts_with("vattn_"))
+                    .map(str::to_owned),
+            );
+        }
+    }
+    assert!(seen.len() > 80, "only {} names were found: the search is broken", seen.len());
+    let words: BTreeSet<_> = header.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+    let missing: Vec<_> = seen.iter().filter(|name| !words.contains(name.as_str())).collect();
+    assert!(missing.is_empty(), "not in include/vattn.h: {missing:?}; name enums in cbindgen.toml");
+}
+
+#[test]
+fn every_item_of_the_header_is_documented() {
+    let header = committed();
+    let lines: Vec<_> = header.lines().collect();
+    let mut bare = Vec::new();
+    let mut items = 0;
+    for (number, line) in lines.iter().enumerate() {
+        let trimmed = line.trim_start();
+        let indented = line.starts_with("    ") && !line.starts_with("     ");
+        let member = indented && (trimmed.starts_with("VATTN_") || trimmed.ends_with(';'));
+        let item = [
+            "#define VATTN_",
+            "enum vattn_",
+            "typedef struct vattn_",
+            "vattn_status vattn_",
+            "static inline ",
+        ]
+        .iter()
+        .any(|start| line.starts_with(start))
+            && !line.starts_with("#define VATTN_H");
+        let in_function = lines[..number]
+            .iter()
+            .rev()
+            .find(|line| !line.starts_with(' '))
+            .is_some_and(|line| line.starts_with("static"));
+        // A type is declared before it is described where another needs it.
+        let forward = line
+            .ends_with(&format!(" {};", trimmed.trim_end_matches(';').rsplit(' ').next().unwrap()))
+            && line.starts_with("typedef struct")
+            && !line.contains('{')
+            && header.contains(&format!("}} {};", trimmed.trim_end_matches(';').rsplit(' ').next().unwrap()));
+        if (member && !in_function) || (item && !forward) {
+            items += 1;
+            if !lines[number - 1].trim_start().starts_with("///") {
+                bare.push(format!("{}: {line}", number + 1));
+            }
+        }
+    }
+    assert!(items > 250, "only {items} items were found: the search is broken");
+    assert!(bare.is_empty(), "not documented: {bare:#?}");
+}
+
+/// A function of the C ABI as it stands in the sources: its name, and what its body begins with.
+fn entries(text: &str) -> Vec<(&str, &str)> {
+    let mut entries = Vec::new();
+    for (at, start) in text.match_indices("extern \"C\" fn vattn_") {
+        let rest = &text[at + start.len() - "vattn_".len()..];
+        let name = &rest[..rest.find('(').unwrap()];
+        let body = &rest[rest.find(" {\n").unwrap() + 3..];
+        entries.push((name, &body[..body.find("\n}\n").unwrap()]));
+    }
+    entries
+}
+
+/// What is wrong with an entry, if anything: its body has to be one call of a wrapper, under its own name.
+fn outside_the_wrapper(name: &str, body: &str) -> Option<&'static str> {
+    let body = body.trim_start();
+    let wrappers = [format!("enter(\"{name}\", "), format!("on_cache(\"{name}\", cache, ")];
+    let fallible = wrappers.iter().any(|wrapper| body.starts_with(wrapper.as_str()));
+    if !fallible && !body.starts_with("plain(") {
+        return Some("does not begin with a wrapper under its own name");
+    }
+    // One call and nothing else: its closing bracket is the last character.
+    let mut depth = 0_i32;
+    for (at, c) in body.char_indices() {
+        depth += i32::from(c == '(') - i32::from(c == ')');
+        if depth == 0 && c == ')' {
+            return (at + 1 != body.len()).then_some("does something outside of the wrapper");
+        }
+    }
+    Some("has no end that this test can see")
+}
+
+#[test]
+fn every_entry_passes_the_wrapper() {
+    let mut count = 0;
+    for (path, text) in sources() {
+        for (name, body) in entries(&text) {
+            count += 1;
+            assert_eq!(outside_the_wrapper(name, body), None, "{name} in {}", path.display());
+        }
+        let exported = text.matches("#[unsafe(no_mangle)]").count();
+        assert_eq!(exported, entries(&text).len(), "in {}", path.display());
+    }
+    assert!(count > 50, "only {count} functions were found: the search is broken");
+}
+
+#[test]
+fn an_entry_beside_the_wrapper_is_seen() {
+    for (body, wrong) in [
+        ("    enter(\"vattn_x\", || Ok(()))", false),
+        ("    on_cache(\"vattn_x\", cache, |cache| f(cache))", false),
+        ("    plain(0, || 1)", false),
+        ("    VATTN_OK", true),
+        ("    enter(\"vattn_y\", || Ok(()))", true),
+        ("    enter(\"vattn_x\", || Ok(())).max(f())", true),
+        ("    let x = f();\n    enter(\"vattn_x\", || x)", true),
+    ] {
+        assert_eq!(outside_the_wrapper("vattn_x", body).is_some(), wrong, "{body}");
+    }
+}
