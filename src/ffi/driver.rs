@@ -11,7 +11,7 @@ use crate::driver::Driver;
 use crate::driver::checked::Checked;
 use crate::driver::host::{Host, HostOptions};
 use crate::driver::ledger::{Ledger, LedgerOptions};
-use crate::error::Verb;
+use crate::error::{Result, Verb};
 #[cfg(not(feature = "cuda"))]
 use crate::error::{Error, ErrorKind};
 use crate::units::{Bytes, Device};
@@ -99,7 +99,7 @@ use vattn_verb::*;
 
 impl vattn_verb {
     /// The verb that a number stands for.
-    pub(super) fn named(name: &str, value: i32) -> crate::Result<Verb> {
+    pub(super) fn named(name: &str, value: i32) -> Result<Verb> {
         args::choice(name, value, &Verb::ALL.map(|verb| (Self::from(verb), verb)))
     }
 }
@@ -463,7 +463,7 @@ pub unsafe extern "C" fn vattn_cuda_device_describe(
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_device(ordinal: u32) -> crate::Result<vattn_cuda_device> {
+fn cuda_device(ordinal: u32) -> Result<vattn_cuda_device> {
     let devices = crate::driver::cuda::devices()?;
     let Some(device) = devices.iter().find(|device| device.ordinal == ordinal) else {
         return Err(args::invalid(format!(
