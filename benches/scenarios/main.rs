@@ -94,7 +94,8 @@ impl Bench<'_> {
 
     /// The policies to measure.
     fn managers(&self) -> impl Iterator<Item = serving::Manager> {
-        let wanted = |manager: &serving::Manager| self.only.as_deref().is_none_or(|only| only == manager.name());
+        let wanted =
+            |manager: &serving::Manager| self.only.as_deref().is_none_or(|only| only == manager.name());
         serving::Manager::ALL.into_iter().filter(wanted)
     }
 
@@ -167,8 +168,15 @@ struct Args {
 }
 
 fn arguments() -> Result<Args, String> {
-    let mut args =
-        Args { names: Vec::new(), json: None, runs: None, kernels: None, only: None, strict: false, test: true };
+    let mut args = Args {
+        names: Vec::new(),
+        json: None,
+        runs: None,
+        kernels: None,
+        only: None,
+        strict: false,
+        test: true,
+    };
     let mut given = std::env::args().skip(1);
     while let Some(argument) = given.next() {
         let mut value = |what: &str| given.next().ok_or(format!("{argument} needs {what} after it"));

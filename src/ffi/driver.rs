@@ -11,9 +11,9 @@ use crate::driver::Driver;
 use crate::driver::checked::Checked;
 use crate::driver::host::{Host, HostOptions};
 use crate::driver::ledger::{Ledger, LedgerOptions};
-use crate::error::{Result, Verb};
 #[cfg(not(feature = "cuda"))]
 use crate::error::{Error, ErrorKind};
+use crate::error::{Result, Verb};
 use crate::units::{Bytes, Device};
 
 /// Whoever maps memory. A cache keeps the driver that it was made with alive, and several caches may
