@@ -871,7 +871,8 @@ typedef struct {
     uint64_t free_bytes;
     /// Extents that the driver would not let go of after a failure.
     uint64_t quarantined;
-    /// All that was created and not released.
+    /// All that was created and not released. While extents are made of other ones, those that go and those
+    /// that come both count, so for a moment it can be more than the budget; what exists never is.
     uint64_t held;
     /// What may be held at most, in whole granules.
     uint64_t budget;
