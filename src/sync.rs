@@ -161,13 +161,16 @@ pub(crate) fn assert_unlocked() {
     });
 }
 
-/// A lock and who waits for what it guards to change.
+/// A lock and who waits for what it guards to change. A wait may end without that it did.
+///
+/// Its waits are no condition variable's: parking_lot's leaves a waiting thread in a table of the process,
+/// and after `fork`, where that thread is not there and another may get its memory, the table is broken.
 #[derive(Debug)]
 pub(crate) struct Monitor<T> {
     #[cfg(not(loom))]
     inner: Leaf<T>,
     #[cfg(not(loom))]
-    changed: Condvar,
+    waiting: Leaf<Vec<thread::Thread>>,
     #[cfg(loom)]
     inner: loom::sync::Mutex<T>,
     #[cfg(loom)]
@@ -182,7 +185,7 @@ pub(crate) type MonitorGuard<'a, T> = loom::sync::MutexGuard<'a, T>;
 #[cfg(not(loom))]
 impl<T> Monitor<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self { inner: Leaf::new(value), changed: Condvar::new() }
+        Self { inner: Leaf::new(value), waiting: Leaf::new(Vec::new()) }
     }
 
     pub(crate) fn lock(&self) -> MonitorGuard<'_, T> {
@@ -190,23 +193,30 @@ impl<T> Monitor<T> {
     }
 
     pub(crate) fn notify_all(&self) {
-        self.changed.notify_all();
+        for thread in std::mem::take(&mut *self.waiting.lock()) {
+            thread.unpark();
+        }
     }
 
     /// Waits, with the lock given up, until it is notified.
-    pub(crate) fn wait<'a>(&'a self, mut guard: MonitorGuard<'a, T>) -> MonitorGuard<'a, T> {
-        self.changed.wait(&mut guard);
-        guard
+    pub(crate) fn wait<'a>(&'a self, guard: MonitorGuard<'a, T>) -> MonitorGuard<'a, T> {
+        self.wait_in(guard, thread::park)
     }
 
     /// The same, but not for longer than that.
-    pub(crate) fn wait_for<'a>(
-        &'a self,
-        mut guard: MonitorGuard<'a, T>,
-        most: Duration,
-    ) -> MonitorGuard<'a, T> {
-        self.changed.wait_for(&mut guard, most);
-        guard
+    pub(crate) fn wait_for<'a>(&'a self, guard: MonitorGuard<'a, T>, most: Duration) -> MonitorGuard<'a, T> {
+        self.wait_in(guard, || thread::park_timeout(most))
+    }
+
+    fn wait_in<'a>(&'a self, guard: MonitorGuard<'a, T>, park: impl FnOnce()) -> MonitorGuard<'a, T> {
+        let this = thread::current();
+        let id = this.id();
+        // Before the lock is given up: whoever changes something after that finds it.
+        self.waiting.lock().push(this);
+        drop(guard);
+        park();
+        self.waiting.lock().retain(|thread| thread.id() != id);
+        self.inner.lock()
     }
 }
 
