@@ -23,10 +23,15 @@ static void some_work(const world *made, unsigned owner) {
     CHECK_OK(vattn_cache_retire(made->cache, entry.slot, &idle, 1));
 }
 
-/* What a child comes to: nothing failed, and something was checked. */
-static int verdict(void) {
+/*
+ * Ends a child: well if nothing failed, and something was checked. It becomes another program, as what the
+ * parent's threads had is nobody's here, and Valgrind would call that lost.
+ */
+static void end(void) {
+    const char *verdict = check_failed == 0 && check_passed > 0 ? "true" : "false";
     fflush(NULL);
-    return check_failed == 0 && check_passed > 0 ? 0 : 1;
+    execlp(verdict, verdict, (char *)NULL);
+    _exit(1);
 }
 
 static void wait_for(pid_t child) {
@@ -42,7 +47,7 @@ static void grandchild(const world *parents, const world *own, vattn_slot_tokens
     inherited(own, &third, entry);
     some_work(&third, 3);
     world_end(&third);
-    _exit(verdict());
+    end();
 }
 
 static void child(const world *parents, vattn_slot_tokens entry, char *text) {
@@ -65,7 +70,7 @@ static void child(const world *parents, vattn_slot_tokens entry, char *text) {
     wait_for(next);
     some_work(&own, 4);
     world_end(&own);
-    _exit(verdict());
+    end();
 }
 
 int main(void) {

@@ -23,6 +23,8 @@ warned=(-Wall -Wextra -Wpedantic -Wconversion -Werror)
 sanitized=(-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 # The longest program takes seconds; a lock that is never given up must not hold up a lane for an hour.
 limit=300
+# Set where a tool has to say nothing.
+quiet=
 
 fail() {
   printf 'tests/c: %s\n' "$*" >&2
@@ -60,7 +62,7 @@ compile() {
   "$compiler" "-std=$standard" "${language[@]}" "${common[@]}" "${warned[@]}" "$@"
 }
 
-# build COMPILER STANDARD FOLDER FLAGS...: every program's object, two at a time.
+# objects COMPILER STANDARD FOLDER FLAGS...: every program's object, four at a time.
 objects() {
   local compiler=$1 standard=$2 folder=$3 name jobs=0
   shift 3
@@ -102,6 +104,11 @@ run() {
       tail -n 60 "$log" >&2
       fail "$name failed: $what"
     fi
+    # A child's status is its own: what Valgrind says of it is looked for.
+    if [ -n "$quiet" ] && grep -qE '^==[0-9]+==' "$log"; then
+      grep -E '^==[0-9]+==' "$log" | head -n 60 >&2
+      fail "$name: $what has something to report"
+    fi
     count=$((count + 1))
     checks=$((checks + $(sed -nE 's/^([0-9]+) passed, 0 failed$/\1/p' "$log" | tail -n 1 | grep . || echo 0)))
   done
@@ -109,11 +116,16 @@ run() {
   say "$what: $count programs, $checks checks passed, 0 failed"
 }
 
+# Both are large in debug, and most of what linking takes is their line numbers.
 shared=("-L$library" -lvattn "-Wl,-rpath,$library")
-static=("$library/libvattn.a" "${native[@]}")
+static=("$library/libvattn.a" -Wl,-S "${native[@]}")
 
-for build in gcc:c11 gcc:c17 clang:c11 clang:c17 g++:c++17 g++:c++20 clang++:c++17 clang++:c++20; do
+for build in gcc:c11 clang:c17 g++:c++17 clang++:c++20; do
   objects "${build%%:*}" "${build#*:}" "$built/${build/:/-}"
+done
+# The others are not run.
+for build in gcc:c17 clang:c11 g++:c++20 clang++:c++17; do
+  objects "${build%%:*}" "${build#*:}" "$built/${build/:/-}" -O0 -g0
 done
 say 'everything compiles: gcc and clang, C11 and C17, C++17 and C++20'
 
@@ -121,8 +133,8 @@ link gcc "$built/gcc-c11" "${shared[@]}"
 run 'gcc, C11, shared library' "$built/gcc-c11"
 link clang "$built/clang-c17" "${static[@]}"
 run 'clang, C17, static library' "$built/clang-c17"
-link g++ "$built/g++-c++17" "${static[@]}"
-run 'g++, C++17, static library' "$built/g++-c++17"
+link g++ "$built/g++-c++17" "${shared[@]}"
+run 'g++, C++17, shared library' "$built/g++-c++17"
 link clang++ "$built/clang++-c++20" "${shared[@]}"
 run 'clang++, C++20, shared library' "$built/clang++-c++20"
 
@@ -135,15 +147,34 @@ finds() {
   grep -q "$words" "$log" || { cat "$log" >&2; fail "$what did not say '$words' of a mistake on purpose"; }
 }
 
-export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1
+export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
 for compiler in gcc clang; do
   folder=$built/$compiler-sanitized
   objects "$compiler" c11 "$folder" "${sanitized[@]}"
-  link "$compiler" "$folder" "${sanitized[@]}" "${static[@]}"
   compile "$compiler" c11 "${sanitized[@]}" -O0 tests/c/wrong.c -o "$folder/wrong"
-  "$folder/wrong"
+  "$folder/wrong" || fail "$compiler's sanitizers find something in a program that does nothing wrong"
   finds "$compiler's AddressSanitizer" heap-buffer-overflow overflow "$folder/wrong"
   finds "$compiler's LeakSanitizer" 'detected memory leaks' leak "$folder/wrong"
   finds "$compiler's UndefinedBehaviorSanitizer" 'signed integer overflow' arithmetic "$folder/wrong"
-  run "$compiler's AddressSanitizer and UndefinedBehaviorSanitizer" "$folder"
 done
+link gcc "$built/gcc-sanitized" "${sanitized[@]}" "${shared[@]}"
+run "gcc's AddressSanitizer and UndefinedBehaviorSanitizer" "$built/gcc-sanitized"
+
+# clang's with the library under AddressSanitizer too: both are LLVM's, and one runtime serves both. The
+# library's objects ask for no other version of it than clang's have, or the programs don't link.
+triple=x86_64-unknown-linux-gnu
+RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=$target/asan \
+  cargo rustc --locked -p vattn --lib --crate-type staticlib --target "$triple"
+instrumented=$target/asan/$triple/debug/libvattn.a
+nm "$instrumented" 2>/dev/null | grep ' U __asan_report_load' >/dev/null || fail 'the library was not instrumented'
+say 'the library is built under AddressSanitizer'
+link clang "$built/clang-sanitized" "${sanitized[@]}" "$instrumented" -Wl,-S "${native[@]}"
+run "clang's, with the library under AddressSanitizer too" "$built/clang-sanitized"
+
+under_valgrind=(valgrind -q --leak-check=full --error-exitcode=9 --errors-for-leak-kinds=definite,indirect,possible)
+compile gcc c11 -O0 tests/c/wrong.c -o "$built/wrong"
+"${under_valgrind[@]}" "$built/wrong" || fail 'Valgrind finds something in a program that does nothing wrong'
+finds Valgrind 'Invalid write' overflow "${under_valgrind[@]}" "$built/wrong"
+finds Valgrind 'definitely lost' leak "${under_valgrind[@]}" "$built/wrong"
+quiet=yes
+run Valgrind "$built/gcc-c11" "${under_valgrind[@]}"
