@@ -176,5 +176,7 @@ compile gcc c11 -O0 tests/c/wrong.c -o "$built/wrong"
 "${under_valgrind[@]}" "$built/wrong" || fail 'Valgrind finds something in a program that does nothing wrong'
 finds Valgrind 'Invalid write' overflow "${under_valgrind[@]}" "$built/wrong"
 finds Valgrind 'definitely lost' leak "${under_valgrind[@]}" "$built/wrong"
+# The header's example reserves a terabyte of addresses, which Valgrind has not.
+rm "$built/gcc-c11/example"
 quiet=yes
 run Valgrind "$built/gcc-c11" "${under_valgrind[@]}"
