@@ -195,17 +195,13 @@
  * - A function that waits for the device: streams and events are the program's.
  */
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-
 #ifndef VATTN_H
 #define VATTN_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
 
 /// The version of the ABI that this header describes. It changes where a program that was built with an
 /// earlier header would no longer work; fields and functions are added without.
@@ -1504,8 +1500,6 @@ vattn_status vattn_driver_set_capturing(const vattn_driver *driver, void *stream
 }  // extern "C"
 #endif  // __cplusplus
 
-#endif  /* VATTN_H */
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -1533,3 +1527,5 @@ static inline vattn_fence vattn_fence_event(void *event) {
 #ifdef __cplusplus
 }
 #endif
+
+#endif  /* VATTN_H */

@@ -291,6 +291,11 @@ pub unsafe extern "C" fn vattn_driver_create_cuda(
             let options = if options.is_null() { defaults } else { args::sized_in("options", options)? };
             (options, args::out("out", out)?)
         };
+        if options.reserved != 0 {
+            return Err(
+                args::invalid(format!("options->reserved is {}; leave it 0", options.reserved)).into()
+            );
+        }
         let driver = cuda(&options)?;
         out.set(DRIVERS.keep(DriverObject { driver, by_hand: ByHand::No, checked: None })?);
         Ok(())
