@@ -53,24 +53,24 @@ public:
     virtual vattn::Driver driver() = 0;
     // The kernels by the names that vattn has for them, and the type of the elements.
     virtual vattn::Geometry geometry() = 0;
-    virtual std::uint32_t tile_tokens(const vattn::Geometry &geometry) = 0;
+    virtual std::uint32_t tile_tokens(const vattn::Geometry& geometry) = 0;
     // Where the work runs; what the cache's fences are made of.
-    virtual void *stream() = 0;
+    virtual void* stream() = 0;
     // Asks for the views, once: they stay where they are while the cache lives.
-    virtual void attach(const vattn::Cache &cache) = 0;
+    virtual void attach(const vattn::Cache& cache) = 0;
     // Writes the new tokens' keys and values, attends with their queries, and checks every output.
-    virtual void step(const std::vector<Piece> &batch) = 0;
+    virtual void step(const std::vector<Piece>& batch) = 0;
     // Compares all of a request's keys and values with what was written, bit for bit.
-    virtual void compare(const Piece &piece) = 0;
+    virtual void compare(const Piece& piece) = 0;
     // Changes one element of a request's last token, for a test of the checks.
-    virtual void spoil(const Piece &piece) = 0;
+    virtual void spoil(const Piece& piece) = 0;
     // Elements that `compare` found to differ, and the errors of the outputs. A build for a device waits for it
     // here and nowhere else.
     virtual std::uint64_t differing() = 0;
-    virtual const std::vector<Errors> &errors() = 0;
+    virtual const std::vector<Errors>& errors() = 0;
 };
 
 Defaults defaults();
-std::unique_ptr<Attention> make_attention(const Model &model);
+std::unique_ptr<Attention> make_attention(const Model& model);
 
 }  // namespace engine

@@ -5,31 +5,31 @@
 namespace engine {
 namespace {
 
-constexpr const char *ALONE = "the memory is too small for a request that runs alone";
+constexpr const char* ALONE = "the memory is too small for a request that runs alone";
 
 // Tokens to go that there has to be room for where a request is admitted. Without, one that was preempted would
 // come back at once, and go again a step later.
 constexpr std::uint64_t HEADROOM = 64;
 
-vattn::Cache make_cache(const Options &options, Attention &attention) {
+vattn::Cache make_cache(const Options& options, Attention& attention) {
     const auto geometry = attention.geometry();
-    vattn::Config config;
-    config.budget = options.budget;
-    config.max_slots = static_cast<std::uint32_t>(options.batch);
-    config.max_tokens = options.max_tokens;
-    config.tile_tokens = attention.tile_tokens(geometry);
+    const auto config = vattn::Config()
+                            .with_budget(options.budget)
+                            .with_max_slots(static_cast<std::uint32_t>(options.batch))
+                            .with_max_tokens(options.max_tokens)
+                            .with_tile_tokens(attention.tile_tokens(geometry));
     return vattn::Cache(config, geometry, attention.driver());
 }
 
 }  // namespace
 
-Engine::Engine(const Options &options, const Model &model, std::vector<Request> trace)
+Engine::Engine(const Options& options, const Model& model, std::vector<Request> trace)
     : options_(options),
       trace_(std::move(trace)),
       attention_(make_attention(model)),
       cache_(make_cache(options, *attention_)) {
     attention_->attach(cache_);
-    for (const auto &request : trace_) {
+    for (const auto& request : trace_) {
         const auto bytes = cache_.bytes_for(request.tokens());
         if (bytes > options.budget) {
             throw std::runtime_error("a request of " + std::to_string(request.tokens()) + " tokens takes " +
@@ -80,7 +80,7 @@ void Engine::make_room() {
 // As many as there is memory for beside what those that run need next.
 void Engine::admit() {
     std::vector<std::uint64_t> prompts;
-    for (const auto &request : waiting_) {
+    for (const auto& request : waiting_) {
         if (running_.size() + prompts.size() == options_.batch) break;
         prompts.push_back(std::min(request.prompt + HEADROOM, trace_[request.request].tokens()));
     }
@@ -105,7 +105,7 @@ void Engine::step() {
 
     std::vector<Piece> batch;
     bool growing = true;
-    for (const auto &request : running_) {
+    for (const auto& request : running_) {
         batch.push_back(request.piece());
         growing &= request.held > 0;
         totals_.tokens += request.wanted() - request.held;
@@ -113,12 +113,12 @@ void Engine::step() {
     totals_.grown += growing && cache_.bytes().mapped > before;
     attention_->step(batch);
     if (++totals_.steps == options_.spoil_step) attention_->spoil(batch.front());
-    for (auto &request : running_) request.held = request.wanted();
+    for (auto& request : running_) request.held = request.wanted();
 }
 
 void Engine::finish() {
     std::vector<Running> remaining;
-    for (const auto &request : running_) {
+    for (const auto& request : running_) {
         if (request.held < trace_[request.request].tokens()) {
             remaining.push_back(request);
             continue;
@@ -130,7 +130,7 @@ void Engine::finish() {
 }
 
 // The kernels of its last step may still run: the fence tells when they are done.
-void Engine::retire(const Running &gone) {
+void Engine::retire(const Running& gone) {
     attention_->compare({gone.slot.index, gone.request, 0, gone.held});
     totals_.checked += gone.held;
     cache_.retire(gone.slot, vattn::Fence::stream(attention_->stream()));
@@ -138,13 +138,13 @@ void Engine::retire(const Running &gone) {
 
 bool Engine::batch_fits() const {
     const auto fits = cache_.fits(entries());
-    return std::find(fits.begin(), fits.end(), false) == fits.end();
+    return std::all_of(fits.get(), fits.get() + running_.size(), [](bool one) { return one; });
 }
 
 // The batch as vattn takes it: each slot with its tokens in all.
 std::vector<vattn::SlotTokens> Engine::entries() const {
     std::vector<vattn::SlotTokens> entries;
-    for (const auto &request : running_) entries.push_back({request.slot, request.wanted()});
+    for (const auto& request : running_) entries.push_back({request.slot, request.wanted()});
     return entries;
 }
 

@@ -34,9 +34,9 @@ struct Totals {
 
 class Engine {
 public:
-    Engine(const Options &options, const Model &model, std::vector<Request> trace);
+    Engine(const Options& options, const Model& model, std::vector<Request> trace);
     Totals run();
-    const std::vector<Errors> &errors() { return attention_->errors(); }
+    const std::vector<Errors>& errors() { return attention_->errors(); }
 
 private:
     struct Waiting {
@@ -58,7 +58,7 @@ private:
     void admit();
     void step();
     void finish();
-    void retire(const Running &gone);
+    void retire(const Running& gone);
     bool batch_fits() const;
     std::vector<vattn::SlotTokens> entries() const;
     void watch();

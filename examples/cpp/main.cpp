@@ -11,7 +11,7 @@
 
 namespace {
 
-const char *const USAGE =
+const char* const USAGE =
     "usage: engine [--trace FILE] [--limit N] [--budget MIB] [--batch N] [--max-tokens N] [--layers N]\n"
     "              [--step-ms N] [--spoil STEP] [--require-turnover]\n"
     "\n"
@@ -36,7 +36,7 @@ struct Mistake : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-std::uint64_t number(const std::string &option, const std::string &text) {
+std::uint64_t number(const std::string& option, const std::string& text) {
     std::size_t end = 0;
     std::uint64_t value = 0;
     if (!text.empty() && text.find_first_not_of("0123456789") == std::string::npos && text.size() < 13) {
@@ -46,7 +46,7 @@ std::uint64_t number(const std::string &option, const std::string &text) {
     return value;
 }
 
-CommandLine parse(int count, char **arguments) {
+CommandLine parse(int count, char** arguments) {
     CommandLine line;
     for (int at = 1; at < count; ++at) {
         const std::string option = arguments[at];
@@ -69,10 +69,10 @@ CommandLine parse(int count, char **arguments) {
     return line;
 }
 
-void row(const char *what, std::uint64_t value) { std::printf("%-42s %14" PRIu64 "\n", what, value); }
+void row(const char* what, std::uint64_t value) { std::printf("%-42s %14" PRIu64 "\n", what, value); }
 
-void print(const engine::Totals &totals, const std::vector<engine::Errors> &errors, double seconds) {
-    const auto &cache = totals.cache;
+void print(const engine::Totals& totals, const std::vector<engine::Errors>& errors, double seconds) {
+    const auto& cache = totals.cache;
     row("requests", totals.finished);
     row("steps", totals.steps);
     row("tokens written", totals.tokens);
@@ -89,7 +89,7 @@ void print(const engine::Totals &totals, const std::vector<engine::Errors> &erro
     row("bytes parked at the most", totals.most_parked);
     row("tokens compared bit for bit", totals.checked);
     row("  elements that differ", totals.differing);
-    for (const auto &error : errors) {
+    for (const auto& error : errors) {
         std::printf("%s: %" PRIu64 " outputs, error against float32 %.2e at the most, %.2e in the mean\n",
                     error.kernel.c_str(), error.outputs, error.worst,
                     error.sum / static_cast<double>(std::max<std::uint64_t>(error.outputs, 1)));
@@ -98,13 +98,13 @@ void print(const engine::Totals &totals, const std::vector<engine::Errors> &erro
 }
 
 // What is wrong with a run, a line each.
-std::vector<std::string> complaints(const CommandLine &line, const engine::Totals &totals,
-                                    const std::vector<engine::Errors> &errors) {
+std::vector<std::string> complaints(const CommandLine& line, const engine::Totals& totals,
+                                    const std::vector<engine::Errors>& errors) {
     std::vector<std::string> found;
-    const auto require = [&found](bool holds, const std::string &otherwise) {
+    const auto require = [&found](bool holds, const std::string& otherwise) {
         if (!holds) found.push_back(otherwise);
     };
-    for (const auto &error : errors) {
+    for (const auto& error : errors) {
         require(error.outputs > 0, error.kernel + " computed nothing");
         require(error.worst <= error.bound, error.kernel + " is further from float32 than it may be");
     }
@@ -120,7 +120,7 @@ std::vector<std::string> complaints(const CommandLine &line, const engine::Total
     return found;
 }
 
-int run(const CommandLine &line) {
+int run(const CommandLine& line) {
     auto trace = line.trace.empty() ? engine::generated(line.defaults.limit)
                                     : engine::read_azure(line.trace, line.defaults.limit);
     engine::Engine engine(line.options, line.defaults.model, std::move(trace));
@@ -129,19 +129,19 @@ int run(const CommandLine &line) {
     const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
     print(totals, engine.errors(), time.count());
     const auto found = complaints(line, totals, engine.errors());
-    for (const auto &complaint : found) std::fprintf(stderr, "FAILED: %s\n", complaint.c_str());
+    for (const auto& complaint : found) std::fprintf(stderr, "FAILED: %s\n", complaint.c_str());
     return found.empty() ? 0 : 1;
 }
 
 }  // namespace
 
-int main(int count, char **arguments) {
+int main(int count, char** arguments) {
     try {
         return run(parse(count, arguments));
-    } catch (const Mistake &mistake) {
+    } catch (const Mistake& mistake) {
         std::fprintf(stderr, "%s\n%s", mistake.what(), USAGE);
         return 2;
-    } catch (const std::exception &error) {
+    } catch (const std::exception& error) {
         std::fprintf(stderr, "%s\n", error.what());
         return 1;
     }

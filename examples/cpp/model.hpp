@@ -49,7 +49,7 @@ inline std::uint32_t word(std::uint32_t seed, std::uint32_t number) { return mix
 inline float element(std::uint32_t byte) { return static_cast<float>(static_cast<std::int32_t>(byte) - 128) * (1.0F / 128); }
 
 // A token's elements of one head.
-inline void fill(const Model &model, std::uint32_t seed, std::uint64_t token, float *out) {
+inline void fill(const Model& model, std::uint32_t seed, std::uint64_t token, float* out) {
     for (std::uint32_t w = 0; w < model.words(); ++w) {
         const auto bits = word(seed, static_cast<std::uint32_t>(token) * model.words() + w);
         for (std::uint32_t byte = 0; byte < 4; ++byte) out[w * 4 + byte] = element(bits >> (8 * byte) & 255U);

@@ -13,11 +13,11 @@ namespace engine {
 
 class Reference {
 public:
-    explicit Reference(const Model &model) : model_(model), keys_(model.dim), values_(model.dim), sums_(model.dim) {}
+    explicit Reference(const Model& model) : model_(model), keys_(model.dim), values_(model.dim), sums_(model.dim) {}
 
     // The output for `query` of a query head over the tokens before `tokens` of its KV head.
-    void attend(std::uint64_t request, std::uint32_t layer, std::uint32_t kv_head, const float *query,
-                std::uint64_t tokens, float *out) {
+    void attend(std::uint64_t request, std::uint32_t layer, std::uint32_t kv_head, const float* query,
+                std::uint64_t tokens, float* out) {
         const auto key_seed = head_seed(request, layer, Part::Key, kv_head);
         const auto value_seed = head_seed(request, layer, Part::Value, kv_head);
         float highest = -INFINITY;
@@ -59,13 +59,13 @@ private:
     using Block = std::array<float, BLOCK>;
 
     // The elements of BLOCK tokens of a head, by dimension.
-    void fill_block(std::uint32_t seed, std::uint64_t from, std::vector<Block> &out) const {
+    void fill_block(std::uint32_t seed, std::uint64_t from, std::vector<Block>& out) const {
         const auto words = model_.words(), first = static_cast<std::uint32_t>(from) * words;
         for (std::uint32_t w = 0; w < words; ++w) {
             std::array<std::uint32_t, BLOCK> bits;
             for (std::uint32_t at = 0; at < BLOCK; ++at) bits[at] = word(seed, first + at * words + w);
             for (std::uint32_t byte = 0; byte < 4; ++byte) {
-                auto &block = out[w * 4 + byte];
+                auto& block = out[w * 4 + byte];
                 for (std::size_t at = 0; at < BLOCK; ++at) block[at] = element(bits[at] >> (8 * byte) & 255U);
             }
         }

@@ -28,7 +28,7 @@ inline std::int64_t days(std::int64_t year, std::int64_t month, std::int64_t day
 }
 
 // `2023-11-16 18:15:46.6805900,374,44`: a UTC time, the tokens of the prompt and those of the answer.
-inline bool parse(const std::string &line, Request &out) {
+inline bool parse(const std::string& line, Request& out) {
     const auto comma = std::min(line.find(','), line.size());
     auto time = line.substr(0, comma);
     const std::string zone = "+00:00";
@@ -52,7 +52,7 @@ inline bool parse(const std::string &line, Request &out) {
 }
 
 // The first `limit` requests of a trace in the order of their arrival.
-inline std::vector<Request> read_azure(const std::string &path, std::size_t limit) {
+inline std::vector<Request> read_azure(const std::string& path, std::size_t limit) {
     std::ifstream file(path);
     if (!file) throw std::runtime_error("cannot open the trace " + path);
     std::vector<Request> requests;
@@ -68,9 +68,9 @@ inline std::vector<Request> read_azure(const std::string &path, std::size_t limi
         requests.push_back(request);
     }
     std::stable_sort(requests.begin(), requests.end(),
-                     [](const Request &a, const Request &b) { return a.arrival < b.arrival; });
+                     [](const Request& a, const Request& b) { return a.arrival < b.arrival; });
     const double start = requests.empty() ? 0 : requests.front().arrival;
-    for (auto &request : requests) request.arrival -= start;
+    for (auto& request : requests) request.arrival -= start;
     return requests;
 }
 
