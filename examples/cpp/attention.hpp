@@ -64,6 +64,8 @@ public:
     virtual void compare(const Piece& piece) = 0;
     // Changes one element of a request's last token, for a test of the checks.
     virtual void spoil(const Piece& piece) = 0;
+    // Waits until nothing runs any more.
+    virtual void wait() = 0;
     // Elements that `compare` found to differ, and the errors of the outputs. A build for a device waits for it
     // here and nowhere else.
     virtual std::uint64_t differing() = 0;

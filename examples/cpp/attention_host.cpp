@@ -54,6 +54,7 @@ public:
         float& element = *row(piece.slot, model_.layers - 1, Part::Key, 0).token(piece.tokens - 1);
         element += 1.0F / 128;
     }
+    void wait() override {}
     std::uint64_t differing() override { return differing_; }
     const std::vector<Errors>& errors() override { return errors_; }
 

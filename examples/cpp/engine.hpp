@@ -35,6 +35,10 @@ struct Totals {
 class Engine {
 public:
     Engine(const Options& options, const Model& model, std::vector<Request> trace);
+    // A cache may not end while kernels that no fence is given for use it: those of requests that still run.
+    ~Engine() { attention_->wait(); }
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
     Totals run();
     const std::vector<Errors>& errors() { return attention_->errors(); }
 
