@@ -18,9 +18,13 @@ from torch.utils.cpp_extension import include_paths
 print(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *(f"-isystem{path}" for path in include_paths("cuda")))
 END
 )
+# The CUDA runtime is the one that PyTorch has loaded.
 link=$(python3 - <<'END'
+import os
+import torch
 from torch.utils.cpp_extension import library_paths
-print(*(f"-L{path} -Wl,-rpath,{path}" for path in library_paths("cuda")))
+runtime = next(line.split()[-1] for line in open("/proc/self/maps") if "libcudart" in line)
+print(*(f"-L{path} -Wl,-rpath,{path}" for path in library_paths()), runtime, f"-Wl,-rpath,{os.path.dirname(runtime)}")
 END
 )
 
