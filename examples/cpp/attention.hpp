@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -66,8 +67,8 @@ public:
     virtual void spoil(const Piece& piece) = 0;
     // Waits until nothing runs any more.
     virtual void wait() = 0;
-    // Elements that `compare` found to differ, and the errors of the outputs. A build for a device waits for it
-    // here and nowhere else.
+    // Elements that `compare` found to differ, and the errors of the outputs. A build for a device waits here
+    // and nowhere before.
     virtual std::uint64_t differing() = 0;
     virtual const std::vector<Errors>& errors() = 0;
 };

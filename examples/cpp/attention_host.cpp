@@ -1,5 +1,5 @@
-// Attention on the host, computed plainly over a slot's contiguous tokens: a row of keys, a row of values, and
-// nothing of vattn's in between.
+// Attention on the host, computed plainly over a slot's contiguous tokens: a row of keys, a row of values,
+// and nothing of vattn's in between.
 
 #include <cmath>
 #include <stdexcept>
@@ -158,6 +158,8 @@ void HostAttention::compare(const Piece& piece) {
 
 Defaults defaults() { return {{2, 1, 1, 8}, std::uint64_t{6} << 20, 2000, 64}; }
 
-std::unique_ptr<Attention> make_attention(const Model& model) { return std::make_unique<HostAttention>(model); }
+std::unique_ptr<Attention> make_attention(const Model& model) {
+    return std::make_unique<HostAttention>(model);
+}
 
 }  // namespace engine

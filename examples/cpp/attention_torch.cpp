@@ -1,5 +1,5 @@
-// Attention on a GPU with libtorch: the cache's views become tensors, and two kernels that know nothing of vattn
-// run over them, PyTorch's FlashAttention and FlashAttention-3. Both are compared with float32 each step.
+// Attention on a GPU with libtorch: the cache's views become tensors, and two kernels that know nothing of
+// vattn run over them, PyTorch's FlashAttention and FlashAttention-3. Each step compares both with float32.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -17,8 +17,8 @@
 namespace engine {
 namespace {
 
-// A view as a tensor over the cache's memory. The device is named, because CUDA can't tell where an address lies
-// that nothing is mapped at yet.
+// A view as a tensor over the cache's memory. The device is named, because CUDA can't tell where an address
+// lies that nothing is mapped at yet.
 at::Tensor tensor_of(const vattn::View& view) {
     const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(view.device_id()));
     return at::for_blob(view.data(), {view.shape().data(), 4})
@@ -40,8 +40,8 @@ at::Tensor upload(const std::vector<T>& numbers) {
     return (numbers.empty() ? here : here.pin_memory()).to(at::kCUDA, /*non_blocking=*/true);
 }
 
-// `word` and `element` of model.hpp on the device. There is no unsigned type to shift there: products of int32
-// are the same, and shifts lose the sign to a mask.
+// `word` and `element` of model.hpp on the device. There is no unsigned type to shift there: products of
+// int32 are the same, and shifts lose the sign to a mask.
 at::Tensor shifted(const at::Tensor& x, std::uint32_t by) {
     return x.bitwise_right_shift(static_cast<std::int64_t>(by))
         .bitwise_and_(static_cast<std::int64_t>(0xffffffffU >> by));
@@ -58,7 +58,8 @@ at::Tensor mixed(at::Tensor x) {
 // Tokens by the seeds of their heads, `[token, head]`, and by their numbers, `[token]`: `[token, head, dim]`.
 at::Tensor content(const Model& model, const at::Tensor& seeds, const at::Tensor& tokens) {
     const auto int32 = tokens.options();
-    const auto numbers = tokens.mul(as_int32(model.words())).view({-1, 1, 1}) + at::arange(model.words(), int32);
+    const auto first = tokens.mul(as_int32(model.words())).view({-1, 1, 1});
+    const auto numbers = first + at::arange(model.words(), int32);
     const auto words = mixed(numbers.mul(as_int32(ODD)).bitwise_xor(seeds.unsqueeze(2)));
     const auto bytes = words.unsqueeze(3).bitwise_right_shift(at::arange(0, 32, 8, int32)).bitwise_and_(255);
     return bytes.to(at::kFloat).sub_(128).mul_(1.0 / 128).flatten(2);
@@ -76,7 +77,9 @@ at::Tensor call(const c10::OperatorHandle& operation, std::map<std::string, c10:
             stack.push_back(argument.default_value().value_or(c10::IValue()));
         }
     }
-    if (!arguments.empty()) throw std::runtime_error("the operator has no argument " + arguments.begin()->first);
+    if (!arguments.empty()) {
+        throw std::runtime_error("the operator has no argument " + arguments.begin()->first);
+    }
     operation.callBoxed(stack);
     return stack.at(0).toTensor();
 }
@@ -100,12 +103,12 @@ struct Batch {
 
     std::vector<Piece> pieces;
     std::int64_t most_new = 0, most_tokens = 0;
-    at::Tensor rows, numbers, piece_of;       // the new tokens: their places in a row view, their numbers, whose
-    at::Tensor beyond;                        // rows that a tile reaches and that hold nothing yet
-    at::Tensor all_numbers, all_piece_of;     // every token of the batch, for the reference
-    at::Tensor seeds;                         // [piece, layer, head of keys, of values, of queries]
-    at::Tensor query_starts, key_starts, used;      // for variable lengths: [piece + 1], [piece + 1], [piece]
-    at::Tensor decoding, decoding_slots, decoding_used;  // the pieces of one new token: [piece]
+    at::Tensor rows, numbers, piece_of;     // the new tokens: their places in a row view, numbers, pieces
+    at::Tensor beyond;                      // rows that a tile reaches and that hold nothing yet
+    at::Tensor all_numbers, all_piece_of;   // every token of the batch, for the reference
+    at::Tensor seeds;                       // [piece, layer, head of keys, of values, of queries]
+    at::Tensor query_starts, key_starts, used;           // variable lengths: [piece + 1] twice, [piece]
+    at::Tensor decoding, decoding_slots, decoding_used;  // the pieces of one new token
 };
 
 Batch::Batch(const Model& model, const std::vector<Piece>& all, std::int64_t stride, std::uint64_t tile,
@@ -134,7 +137,8 @@ Batch::Batch(const Model& model, const std::vector<Piece>& all, std::int64_t str
             new_numbers.push_back(static_cast<std::int32_t>(token));
             new_piece_of.push_back(at);
         }
-        for (auto token = std::max(piece.tokens, rounded(piece.first)); token < rounded(piece.tokens); ++token) {
+        const auto backed = rounded(piece.tokens);
+        for (auto token = std::max(piece.tokens, rounded(piece.first)); token < backed; ++token) {
             beyond_rows.push_back(begin + static_cast<std::int64_t>(token));
         }
         for (std::uint32_t layer = 0; layer < model.layers; ++layer) {
@@ -168,7 +172,8 @@ public:
 
     vattn::Driver driver() override { return vattn::Driver::cuda({0}); }
     vattn::Geometry geometry() override {
-        return vattn::Geometry({{model_.layers, model_.kv_heads, model_.dim, model_.dim}}, 1, vattn::Dtype::BF16);
+        const vattn::Layers layers{model_.layers, model_.kv_heads, model_.dim, model_.dim};
+        return vattn::Geometry({layers}, 1, vattn::Dtype::BF16);
     }
     // PyTorch's kernel reads nothing past a length. FlashAttention-3 over the whole batch does.
     std::uint32_t tile_tokens(const vattn::Geometry& geometry) override {
@@ -195,7 +200,7 @@ private:
     // A part's elements of a layer for tokens of the batch, from the hash.
     at::Tensor elements(const Batch& batch, std::uint32_t layer, Part part, const at::Tensor& piece_of,
                         const at::Tensor& numbers) const {
-        const std::int64_t kv = model_.kv_heads, first = part == Part::Key ? 0 : part == Part::Value ? kv : 2 * kv;
+        const std::int64_t kv = model_.kv_heads, first = kv * static_cast<std::int64_t>(part);
         const auto heads = part == Part::Query ? static_cast<std::int64_t>(model_.query_heads()) : kv;
         const auto seeds = batch.seeds.select(1, layer).narrow(1, first, heads).index_select(0, piece_of);
         return content(model_, seeds, numbers);
@@ -246,9 +251,10 @@ void TorchAttention::step(const std::vector<Piece>& pieces) {
     const Batch batch(model_, pieces, stride_, tile_, max_tokens_);
     for (std::uint32_t number = 0; number < model_.layers; ++number) {
         auto& layer = layers_[number];
-        for (auto [part, row] : {std::pair(Part::Key, layer.key_row), std::pair(Part::Value, layer.value_row)}) {
-            row.index_copy_(0, batch.rows,
-                            elements(batch, number, part, batch.piece_of, batch.numbers).to(at::kBFloat16));
+        for (const auto part : {Part::Key, Part::Value}) {
+            auto& row = part == Part::Key ? layer.key_row : layer.value_row;
+            const auto written = elements(batch, number, part, batch.piece_of, batch.numbers);
+            row.index_copy_(0, batch.rows, written.to(at::kBFloat16));
             // Memory that is new may hold NaN, and FlashAttention-3 multiplies what is past a length by zero.
             row.index_fill_(0, batch.beyond, 0);
         }
@@ -260,15 +266,16 @@ void TorchAttention::step(const std::vector<Piece>& pieces) {
 }
 
 // One call for the whole batch, prompts and single tokens alike: every slot is a piece of one long row.
-at::Tensor TorchAttention::torch_varlen(const Batch& batch, const Layer& layer, const at::Tensor& queries) const {
+at::Tensor TorchAttention::torch_varlen(const Batch& batch, const Layer& layer,
+                                        const at::Tensor& queries) const {
     return std::get<0>(at::_flash_attention_forward(
         queries, layer.key_row, layer.value_row, batch.query_starts, batch.key_starts, batch.most_new,
         batch.most_tokens, 0.0, /*is_causal=*/true, /*return_debug_mask=*/false,
         static_cast<double>(model_.scale()), std::nullopt, std::nullopt, batch.used));
 }
 
-// One call for all that decode, over the whole tensor with lengths and slots given; one for each prompt, over its
-// slot's exact view, which needs no tile.
+// One call for all that decode, over the whole tensor with lengths and slots given; one for each prompt, over
+// its slot's exact view, which needs no tile.
 at::Tensor TorchAttention::fa3(const Batch& batch, const Layer& layer, const at::Tensor& queries) const {
     auto outputs = at::empty_like(queries);
     const auto scale = static_cast<double>(model_.scale());
@@ -301,7 +308,8 @@ at::Tensor TorchAttention::fa3(const Batch& batch, const Layer& layer, const at:
 }
 
 // Attention in float32 by plain matrix products, over what the hash says and never over the cache.
-at::Tensor TorchAttention::reference(const Batch& batch, std::uint32_t layer, const at::Tensor& queries) const {
+at::Tensor TorchAttention::reference(const Batch& batch, std::uint32_t layer,
+                                     const at::Tensor& queries) const {
     constexpr std::int64_t AT_ONCE = 512;  // queries: more would need much memory for their scores
     const std::int64_t kv = model_.kv_heads, group = model_.group, dim = model_.dim;
     const auto all_keys = elements(batch, layer, Part::Key, batch.all_piece_of, batch.all_numbers);
@@ -309,12 +317,14 @@ at::Tensor TorchAttention::reference(const Batch& batch, std::uint32_t layer, co
     std::vector<at::Tensor> outputs;
     std::int64_t key_start = 0, query_start = 0;
     for (const auto& piece : batch.pieces) {
-        const auto tokens = static_cast<std::int64_t>(piece.tokens), first = static_cast<std::int64_t>(piece.first);
+        const auto tokens = static_cast<std::int64_t>(piece.tokens);
+        const auto first = static_cast<std::int64_t>(piece.first);
         const auto keys = all_keys.narrow(0, key_start, tokens).permute({1, 2, 0});
         const auto values = all_values.narrow(0, key_start, tokens).permute({1, 0, 2});
         for (auto from = first; from < tokens; from += AT_ONCE) {
             const auto count = std::min(AT_ONCE, tokens - from);
-            const auto asked = queries.narrow(0, query_start + from - first, count).view({count, kv, group, dim});
+            const auto asked =
+                queries.narrow(0, query_start + from - first, count).view({count, kv, group, dim});
             auto scores = at::matmul(asked.permute({1, 2, 0, 3}).reshape({kv, group * count, dim}), keys)
                               .mul_(static_cast<double>(model_.scale()))
                               .view({kv, group, count, tokens});
@@ -345,7 +355,8 @@ void TorchAttention::compare(const Piece& piece) {
     const Batch batch(model_, {piece}, stride_, 1, max_tokens_);
     for (std::uint32_t number = 0; number < model_.layers; ++number) {
         const auto& layer = layers_[number];
-        for (const auto& [part, row] : {std::pair(Part::Key, layer.key_row), std::pair(Part::Value, layer.value_row)}) {
+        for (const auto part : {Part::Key, Part::Value}) {
+            const auto& row = part == Part::Key ? layer.key_row : layer.value_row;
             const auto expected = elements(batch, number, part, batch.piece_of, batch.numbers);
             differing_ += row.index_select(0, batch.rows).ne(expected.to(at::kBFloat16)).sum();
         }
@@ -354,7 +365,8 @@ void TorchAttention::compare(const Piece& piece) {
 
 void TorchAttention::spoil(const Piece& piece) {
     const c10::cuda::CUDAStreamGuard guard(stream_);
-    auto token = layers_.back().keys.select(0, piece.slot).select(0, static_cast<std::int64_t>(piece.tokens) - 1);
+    const auto last = static_cast<std::int64_t>(piece.tokens) - 1;
+    const auto token = layers_.back().keys.select(0, piece.slot).select(0, last);
     token.select(0, 0).narrow(0, 0, 1).add_(1.0 / 128);
 }
 
@@ -385,6 +397,8 @@ const std::vector<Errors>& TorchAttention::errors() {
 // Llama-3-8B's heads, in fewer layers.
 Defaults defaults() { return {{4, 8, 4, 128}, std::uint64_t{512} << 20, 200, 32}; }
 
-std::unique_ptr<Attention> make_attention(const Model& model) { return std::make_unique<TorchAttention>(model); }
+std::unique_ptr<Attention> make_attention(const Model& model) {
+    return std::make_unique<TorchAttention>(model);
+}
 
 }  // namespace engine

@@ -3,8 +3,8 @@
 #
 #   build_torch.sh PROGRAM LIBRARIES [HEADERS]      (HEADERS: ../../include from here)
 #
-# LIBRARIES is the folder that libvattn.so lies in. Needs a C++ compiler, CUDA's headers, and a python3 that has
-# PyTorch, whose own headers and libraries are used.
+# LIBRARIES is the folder that libvattn.so lies in. Needs a C++ compiler, CUDA's headers, and a python3 that
+# has PyTorch, whose own headers and libraries are used.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 program=$1
@@ -15,7 +15,8 @@ compiler=${CXX:-g++}
 compile=$(python3 - <<'END'
 import torch
 from torch.utils.cpp_extension import include_paths
-print(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *(f"-isystem{path}" for path in include_paths("cuda")))
+print(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+print(*(f"-isystem{path}" for path in include_paths("cuda")))
 END
 )
 # The CUDA runtime is the one that PyTorch has loaded.
@@ -24,7 +25,8 @@ import os
 import torch
 from torch.utils.cpp_extension import library_paths
 runtime = next(line.split()[-1] for line in open("/proc/self/maps") if "libcudart" in line)
-print(*(f"-L{path} -Wl,-rpath,{path}" for path in library_paths()), runtime, f"-Wl,-rpath,{os.path.dirname(runtime)}")
+print(runtime, f"-Wl,-rpath,{os.path.dirname(runtime)}")
+print(*(f"-L{path} -Wl,-rpath,{path}" for path in library_paths()))
 END
 )
 
@@ -33,7 +35,8 @@ running=
 for source in main engine attention_torch; do
     # Both are lists of words.
     # shellcheck disable=SC2086
-    "$compiler" -std=c++17 -O2 -Wall -Wextra $compile -I"$headers" -c "$here/$source.cpp" -o "$program-$source.o" &
+    "$compiler" -std=c++17 -O2 -Wall -Wextra $compile -I"$headers" \
+        -c "$here/$source.cpp" -o "$program-$source.o" &
     running="$running $!"
     objects="$objects $program-$source.o"
 done

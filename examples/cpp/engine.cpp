@@ -7,15 +7,15 @@ namespace {
 
 constexpr const char* ALONE = "the memory is too small for a request that runs alone";
 
-// Tokens to go that there has to be room for where a request is admitted. Without, one that was preempted would
-// come back at once, and go again a step later.
+// Tokens to go that there has to be room for where a request is admitted. Without, one that was preempted
+// would come back at once, and go again a step later.
 constexpr std::uint64_t HEADROOM = 64;
 
 vattn::Cache make_cache(const Options& options, Attention& attention) {
     const auto geometry = attention.geometry();
     const auto config = vattn::Config()
                             .with_budget(options.budget)
-                            .with_max_slots(static_cast<std::uint32_t>(options.batch))
+                            .with_max_slots(options.batch)
                             .with_max_tokens(options.max_tokens)
                             .with_tile_tokens(attention.tile_tokens(geometry));
     return vattn::Cache(config, geometry, attention.driver());
@@ -64,8 +64,8 @@ void Engine::arrive() {
     }
 }
 
-// Whoever was admitted last goes first, and waits at the front of the queue. Its memory is parked from then on:
-// free for the others, and mapped still if it comes back soon.
+// Whoever was admitted last goes first, and waits at the front of the queue. Its memory is parked from then
+// on: free for the others, and mapped still if it comes back soon.
 void Engine::make_room() {
     while (!running_.empty() && !batch_fits()) {
         if (running_.size() == 1) throw std::runtime_error(ALONE);

@@ -1,6 +1,6 @@
 // Continuous batching over a cache: requests of a trace come by a clock of their own, are admitted, grow by a
-// token a step, are preempted where memory is short, and are retired. Owns the queue and the batch; what a step
-// computes is `Attention`'s, and where memory comes from is vattn's.
+// token a step, are preempted where memory is short, and are retired. Owns the queue and the batch; what a
+// step computes is `Attention`'s, and where memory comes from is vattn's.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace engine {
 struct Options {
     std::uint64_t budget;
     std::uint64_t max_tokens;
-    std::size_t batch;          // the most requests in a step
+    std::uint32_t batch;        // the most requests in a step
     double step_seconds;        // how long a step takes by the trace's clock
     std::uint64_t spoil_step;   // the step in which a byte is spoilt; 0 for none
 };

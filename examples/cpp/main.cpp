@@ -1,10 +1,10 @@
-// The engine's command line, and the table that it ends with. Exits with 1 where a check fails, and with 2 for
-// a mistake on the command line.
+// The engine's command line, and the table that it ends with. Exits with 1 where a check fails, and with 2
+// for a mistake on the command line.
 
 #include <chrono>
 #include <cinttypes>
 #include <cstdio>
-#include <cstring>
+#include <map>
 #include <stdexcept>
 
 #include "engine.hpp"
@@ -27,9 +27,20 @@ const char* const USAGE =
 
 struct CommandLine {
     engine::Defaults defaults = engine::defaults();
-    engine::Options options{defaults.budget, 8192, defaults.batch, 0.03, 0};
     std::string trace;
+    std::uint64_t limit = defaults.limit, budget_mib = defaults.budget >> 20, batch = defaults.batch;
+    std::uint64_t layers = defaults.model.layers, max_tokens = 8192, step_ms = 30, spoil = 0;
     bool require_turnover = false;
+
+    engine::Options options() const {
+        return {budget_mib << 20, max_tokens, static_cast<std::uint32_t>(batch),
+                static_cast<double>(step_ms) / 1000, spoil};
+    }
+    engine::Model model() const {
+        auto model = defaults.model;
+        model.layers = static_cast<std::uint32_t>(layers);
+        return model;
+    }
 };
 
 struct Mistake : std::runtime_error {
@@ -37,17 +48,18 @@ struct Mistake : std::runtime_error {
 };
 
 std::uint64_t number(const std::string& option, const std::string& text) {
-    std::size_t end = 0;
-    std::uint64_t value = 0;
-    if (!text.empty() && text.find_first_not_of("0123456789") == std::string::npos && text.size() < 13) {
-        value = std::stoull(text, &end);
-    }
-    if (value == 0) throw Mistake(option + " takes a number from 1, not '" + text + "'");
+    const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+    const std::uint64_t value = digits && text.size() < 8 ? std::stoull(text) : 0;
+    if (value == 0) throw Mistake(option + " takes a number from 1 to 9999999, not '" + text + "'");
     return value;
 }
 
 CommandLine parse(int count, char** arguments) {
     CommandLine line;
+    const std::map<std::string, std::uint64_t*> numbers{
+        {"--limit", &line.limit},           {"--budget", &line.budget_mib}, {"--batch", &line.batch},
+        {"--max-tokens", &line.max_tokens}, {"--layers", &line.layers},     {"--step-ms", &line.step_ms},
+        {"--spoil", &line.spoil}};
     for (int at = 1; at < count; ++at) {
         const std::string option = arguments[at];
         if (option == "--require-turnover") {
@@ -56,15 +68,13 @@ CommandLine parse(int count, char** arguments) {
         }
         if (at + 1 == count) throw Mistake("no such option, or no value for it: " + option);
         const std::string value = arguments[++at];
-        if (option == "--trace") line.trace = value;
-        else if (option == "--limit") line.defaults.limit = number(option, value);
-        else if (option == "--budget") line.options.budget = number(option, value) << 20;
-        else if (option == "--batch") line.options.batch = number(option, value);
-        else if (option == "--max-tokens") line.options.max_tokens = number(option, value);
-        else if (option == "--layers") line.defaults.model.layers = static_cast<std::uint32_t>(number(option, value));
-        else if (option == "--step-ms") line.options.step_seconds = static_cast<double>(number(option, value)) / 1e3;
-        else if (option == "--spoil") line.options.spoil_step = number(option, value);
-        else throw Mistake("no such option: " + option);
+        if (option == "--trace") {
+            line.trace = value;
+            continue;
+        }
+        const auto known = numbers.find(option);
+        if (known == numbers.end()) throw Mistake("no such option: " + option);
+        *known->second = number(option, value);
     }
     return line;
 }
@@ -121,9 +131,9 @@ std::vector<std::string> complaints(const CommandLine& line, const engine::Total
 }
 
 int run(const CommandLine& line) {
-    auto trace = line.trace.empty() ? engine::generated(line.defaults.limit)
-                                    : engine::read_azure(line.trace, line.defaults.limit);
-    engine::Engine engine(line.options, line.defaults.model, std::move(trace));
+    auto requests =
+        line.trace.empty() ? engine::generated(line.limit) : engine::read_azure(line.trace, line.limit);
+    engine::Engine engine(line.options(), line.model(), std::move(requests));
     const auto start = std::chrono::steady_clock::now();
     const auto totals = engine.run();
     const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;

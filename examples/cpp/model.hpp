@@ -2,7 +2,6 @@
 // whoever checks can compute it again and needs no copy. Owns the shape and that hash; knows no memory.
 #pragma once
 
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -46,7 +45,9 @@ inline std::uint32_t head_seed(std::uint64_t request, std::uint32_t layer, Part 
 inline std::uint32_t word(std::uint32_t seed, std::uint32_t number) { return mix(seed ^ (number * ODD)); }
 
 // A byte as an element: exact in bfloat16 and in float32.
-inline float element(std::uint32_t byte) { return static_cast<float>(static_cast<std::int32_t>(byte) - 128) * (1.0F / 128); }
+inline float element(std::uint32_t byte) {
+    return static_cast<float>(static_cast<std::int32_t>(byte) - 128) * (1.0F / 128);
+}
 
 // A token's elements of one head.
 inline void fill(const Model& model, std::uint32_t seed, std::uint64_t token, float* out) {

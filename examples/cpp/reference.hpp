@@ -1,5 +1,6 @@
-// Attention in float32, over what the hash says keys and values are and never over the cache. It goes by blocks
-// of tokens with a running maximum, one dimension after the other, so that it shares no loop with what it checks.
+// Attention in float32, over what the hash says keys and values are and never over the cache. It goes by
+// blocks of tokens with a running maximum, one dimension after the other, so that it shares no loop with what
+// it checks.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,8 @@ namespace engine {
 
 class Reference {
 public:
-    explicit Reference(const Model& model) : model_(model), keys_(model.dim), values_(model.dim), sums_(model.dim) {}
+    explicit Reference(const Model& model)
+        : model_(model), keys_(model.dim), values_(model.dim), sums_(model.dim) {}
 
     // The output for `query` of a query head over the tokens before `tokens` of its KV head.
     void attend(std::uint64_t request, std::uint32_t layer, std::uint32_t kv_head, const float* query,

@@ -24,7 +24,8 @@ struct Request {
 // Days since 1970-01-01 in the Gregorian calendar, counting years from March, whose leap day is the last.
 inline std::int64_t days(std::int64_t year, std::int64_t month, std::int64_t day) {
     year -= month <= 2 ? 1 : 0;
-    return year * 365 + year / 4 - year / 100 + year / 400 + (153 * ((month + 9) % 12) + 2) / 5 + day - 719469;
+    const auto of_year = (153 * ((month + 9) % 12) + 2) / 5 + day;
+    return year * 365 + year / 4 - year / 100 + year / 400 + of_year - 719469;
 }
 
 // `2023-11-16 18:15:46.6805900,374,44`: a UTC time, the tokens of the prompt and those of the answer.
@@ -39,8 +40,8 @@ inline bool parse(const std::string& line, Request& out) {
     double second = 0;
     unsigned long long prompt = 0, output = 0;
     int time_end = 0, end = 0;
-    const bool read = std::sscanf(time.c_str(), "%lld-%lld-%lld%*1[ T]%lld:%lld:%lf%n", &year, &month, &day, &hour,
-                                  &minute, &second, &time_end) == 6 &&
+    const bool read = std::sscanf(time.c_str(), "%lld-%lld-%lld%*1[ T]%lld:%lld:%lf%n", &year, &month, &day,
+                                  &hour, &minute, &second, &time_end) == 6 &&
                       std::sscanf(line.c_str() + comma, ",%llu,%llu%n", &prompt, &output, &end) == 2;
     if (!read || prompt == 0 || static_cast<std::size_t>(time_end) != time.size() ||
         comma + static_cast<std::size_t>(end) != line.size()) {
@@ -51,6 +52,8 @@ inline bool parse(const std::string& line, Request& out) {
     return true;
 }
 
+inline const std::string COLUMNS = "TIMESTAMP,ContextTokens,GeneratedTokens";
+
 // The first `limit` requests of a trace in the order of their arrival.
 inline std::vector<Request> read_azure(const std::string& path, std::size_t limit) {
     std::ifstream file(path);
@@ -60,10 +63,10 @@ inline std::vector<Request> read_azure(const std::string& path, std::size_t limi
     for (std::size_t number = 1; requests.size() < limit && std::getline(file, line); ++number) {
         if (!line.empty() && line.back() == '\r') line.pop_back();
         Request request{};
-        if (number == 1 && line == "TIMESTAMP,ContextTokens,GeneratedTokens") continue;
+        if (number == 1 && line == COLUMNS) continue;
         if (!parse(line, request)) {
-            throw std::runtime_error(path + ", line " + std::to_string(number) +
-                                     ": expected TIMESTAMP,ContextTokens,GeneratedTokens, found '" + line + "'");
+            throw std::runtime_error(path + ", line " + std::to_string(number) + ": expected " + COLUMNS +
+                                     ", not '" + line + "'");
         }
         requests.push_back(request);
     }

@@ -6,8 +6,8 @@
 #   (default: all of them)
 #
 # `soak` takes VATTN_SOAK_SECONDS (180). `sanitizer` needs compute-sanitizer, `creating`, `kernels`, `attention`,
-# `busy` and `engine` a Python with PyTorch, the last one a C++ compiler too. Every command has a time limit, and one that hangs has failed. Ends with the list of
-# what passed, and with an error if anything did not.
+# `busy` and `engine` a Python with PyTorch, the last one a C++ compiler too. Every command has a time limit, and one
+# that hangs has failed. Ends with the list of what passed, and with an error if anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
 out=${OUT:-$PWD/results}
