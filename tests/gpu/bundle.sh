@@ -17,8 +17,10 @@ if [ -e "$folder" ] && [ ! -e "$folder/run.sh" ]; then
     exit 1
 fi
 rm -rf "$folder"
-mkdir -p "$folder/bin" "$folder/traces"
+mkdir -p "$folder/bin" "$folder/traces" "$folder/include" "$folder/engine"
 cp tests/gpu/run.sh tests/gpu/*.py "$folder/"
+cp include/* "$folder/include/"
+cp examples/cpp/*.?pp examples/cpp/build_torch.sh "$folder/engine/"
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -39,7 +41,8 @@ sed -n 's/^ *Executable .*(\(.*\/\([a-z_]*\)-[0-9a-f]*\))$/\2 \1/p' "$log" |
     while read -r name path; do
         cp "$path" "$folder/bin/$name"
     done
-cp "$target/release/vattn" "$target/release/libvattn_bridge.so" "$target/release/examples/attention" "$folder/bin/"
+cp "$target/release/vattn" "$target/release/examples/attention" "$folder/bin/"
+cp "$target/release/libvattn.so" "$target/release/libvattn_bridge.so" "$folder/bin/"
 strip --strip-all "$folder"/bin/*
 
 for trace in azure_llm_2023_conv.csv sync_vs_async.csv; do
