@@ -195,13 +195,13 @@
  * - A function that waits for the device: streams and events are the program's.
  */
 
+#ifndef VATTN_H
+#define VATTN_H
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-
-#ifndef VATTN_H
-#define VATTN_H
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -1503,8 +1503,6 @@ vattn_status vattn_driver_set_capturing(const vattn_driver *driver, void *stream
 }  // extern "C"
 #endif  // __cplusplus
 
-#endif  /* VATTN_H */
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -1532,3 +1530,5 @@ static inline vattn_fence vattn_fence_event(void *event) {
 #ifdef __cplusplus
 }
 #endif
+
+#endif // VATTN_H
