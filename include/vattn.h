@@ -203,10 +203,6 @@
 #include <stdint.h>
 
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
 /// The version of the ABI that this header describes. It changes where a program that was built with an
 /// earlier header would no longer work; fields and functions are added without.
 #define VATTN_ABI_VERSION 1
@@ -1531,4 +1527,4 @@ static inline vattn_fence vattn_fence_event(void *event) {
 }
 #endif
 
-#endif // VATTN_H
+#endif  /* VATTN_H */
