@@ -583,9 +583,8 @@ protected:
     Handle(Handle&& from) noexcept : handle_(from.release()) {}
 
     Handle& operator=(Handle&& from) noexcept {
-        if (this != &from) {
-            drop(std::exchange(handle_, from.release()));
-        }
+        // Moved to itself it has given its handle up by the time that it takes one.
+        drop(std::exchange(handle_, from.release()));
         return *this;
     }
 

@@ -34,7 +34,7 @@ int main() {
         cache.retire(b, vattn::Fence::idle());
     }
     CHECK(allocated == before);
-    // The one that returns its answers does, which shows that this counts.
-    CHECK(cache.fits({}) != nullptr && allocated == before + 1);
+    // Texts do, which shows that this counts.
+    CHECK(!cache.stats_json().empty() && allocated > before);
     return check_end();
 }

@@ -22,6 +22,7 @@ fi
 
 cargo build -p vattn --lib --locked
 mkdir -p "$out"
+: >"$out/todo"
 # The head's example, as it stands there.
 awk '/^ \* \[example\]$/ { inside = 1; next } /^ \* \[end\]$/ { inside = 0 } inside { print substr($0, 8) }' \
   include/vattn.hpp >"$out/example.cpp"
@@ -43,7 +44,8 @@ macros() {
 
 # one COMPILER STANDARD MODE PROGRAM
 one() {
-  local compiler=$1 standard=$2 mode=$3 program=$4 binary flags sources
+  local compiler=$1 standard=$2 mode=$3 program=$4 binary flags sources warnings
+  read -ra warnings <<<"$warnings_text"
   binary=$out/$program-$compiler-$standard-$mode
   sources=("tests/cpp/$program.cpp")
   if [ "$program" = example ]; then sources=("$out/example.cpp"); fi
@@ -54,7 +56,7 @@ one() {
     flags=(-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
   fi
   "$compiler" -std="$standard" "${warnings[@]}" "${flags[@]}" -Iinclude -Itests/cpp "${sources[@]}" \
-    -o "$binary" -L"$target/debug" -Wl,-rpath,"$target/debug" -lvattn -pthread
+    -o "$binary" -L"$target/debug" -Wl,-rpath,"$target/debug" -lvattn -pthread || return
   if ! "$binary" >"$binary.log" 2>&1; then
     printf '%s with %s, %s, %s failed:\n' "$program" "$compiler" "$standard" "$mode"
     cat "$binary.log"
@@ -64,13 +66,17 @@ one() {
   if grep '^SKIP' "$binary.log"; then :; fi
 }
 
+export target out warnings_text="${warnings[*]}"
+export -f one
 for compiler in g++ clang++; do
   for standard in c++17 c++20; do
     macros "$compiler" "$standard"
     for mode in plain sanitized; do
       for program in "${programs[@]}"; do
-        one "$compiler" "$standard" "$mode" "$program"
+        printf '%s\0' "$compiler $standard $mode $program"
       done
-    done
+    done >>"$out/todo"
   done
 done
+# 255 has xargs begin nothing more.
+xargs -0 -n 1 -P "$(nproc)" bash -c 'one $1 || exit 255' one <"$out/todo"
