@@ -22,7 +22,8 @@ static void slots() {
     cache.step({{taken[0], 10}});
     cache.retire(taken[0], Fence::stream(stream(2)));
     const Slot next = cache.acquire_on(10, stream(1));
-    CHECK(next.index == taken[0].index && next.generation == taken[0].generation + 1 && !same(next, taken[0]));
+    CHECK(next.index == taken[0].index && next.generation == taken[0].generation + 1);
+    CHECK(!same(next, taken[0]));
     CHECK(cache.stats().adopted == 1 && cache.stats().acquired == 5 && cache.stats().retired == 1);
 
     THROWS(StaleSlot, StaleSlot, "vattn_cache_step: ", cache.step({{taken[0], 20}}));
@@ -77,7 +78,8 @@ static void scheduling() {
     cache.fits(batch, room);
     CHECK(room[0] && room[1] && room[2] && !room[3] && room[4]);
     std::array<bool, 3> three{};
-    THROWS(Error, InvalidArgument, "out has room for 3 answers, and 4 slots are asked about", cache.fits(batch, three));
+    THROWS(Error, InvalidArgument, "out has room for 3 answers, and 4 slots are asked about",
+           cache.fits(batch, three));
     THROWS(Error, TooManyTokens, "vattn_cache_fits: ", cache.fits({{batch[0].slot, 257}}, three));
     CHECK(!three[0] && cache.fits({}) != nullptr);
 

@@ -60,7 +60,8 @@ void check_throws(const char* kind, vattn::Status status, const char* part, F ca
                   const char* file, int line) {
     const Caught caught = catch_from(call);
     if (!check_that(caught.kind == kind, what, file, line)) {
-        std::fprintf(stderr, "    threw %s: %s\n", caught.kind.c_str(), caught.error ? caught.error->what() : "");
+        const char* said = caught.error ? caught.error->what() : "";
+        std::fprintf(stderr, "    threw %s: %s\n", caught.kind.c_str(), said);
         return;
     }
     if (!check_that(caught.error->status() == status, what, file, line)) {

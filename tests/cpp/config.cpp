@@ -42,12 +42,14 @@ static void every_option() {
     CHECK(c.kv_order == VATTN_KV_INTERLEAVED && c.slack_divisor == 7 && c.look_ahead == 8);
     CHECK(c.background == VATTN_BACKGROUND_CALLER && c.reclaim == VATTN_RECLAIM_EAGER);
     CHECK(c.look_ahead_budget == 9 && c.at_hand == 10 && c.commit == VATTN_COMMIT_EXTENTS);
-    CHECK(c.extents_count == 2 && c.extents[1].granules == 4 && c.extents[1].count == 3 && c.extents != extents);
+    CHECK(c.extents_count == 2 && c.extents[1].granules == 4 && c.extents[1].count == 3);
+    CHECK(c.extents != extents);
     CHECK(c.struct_size == sizeof c && c.reserved == 0);
     // What was changed is a copy.
     CHECK(defaults.budget == vattn::Auto && defaults.extents.empty());
     CHECK(changed.with_commit(vattn::Commit::Whole).to_c().commit == VATTN_COMMIT_WHOLE);
-    CHECK(!changed.with_spare_slot(false).spare_slot && changed.with_layout(LayoutKind::Sliced).layers_per_tensor == 0);
+    CHECK(!changed.with_spare_slot(false).spare_slot);
+    CHECK(changed.with_layout(LayoutKind::Sliced).layers_per_tensor == 0);
 
     Config fields;
     fields.max_slots = 3;

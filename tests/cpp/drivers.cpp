@@ -22,7 +22,8 @@ static void ledger() {
     options.addresses = 1 << 24;
     const Driver driver = Driver::ledger(options);
     CHECK(driver.info().name == "ledger" && driver.memory().total == options.capacity);
-    THROWS(Error, OutOfAddressSpace, "", vattn::Cache(vattn::Config(), vattn::Geometry::preset("llama-3-8b"), driver));
+    const vattn::Geometry model = vattn::Geometry::preset("llama-3-8b");
+    THROWS(Error, OutOfAddressSpace, "", vattn::Cache(vattn::Config(), model, driver));
     THROWS(Error, InvalidConfig, "", Driver::ledger({1 << 20, 3}));
 }
 

@@ -8,7 +8,8 @@ using vattn::Geometry;
 using vattn::Layers;
 
 static bool is(const Layers& layers, std::uint32_t heads, std::uint32_t key, std::uint32_t value) {
-    return layers.layers == 1 && layers.kv_heads == heads && layers.key_dim == key && layers.value_dim == value;
+    return layers.layers == 1 && layers.kv_heads == heads && layers.key_dim == key &&
+           layers.value_dim == value;
 }
 
 static void by_layers() {
@@ -32,7 +33,8 @@ static void by_name() {
     CHECK(Geometry::preset("llama-3-8b", 4).info().bytes_per_token == model.info().bytes_per_token / 4);
     CHECK(Geometry::preset("llama-3-8b", 1, Dtype::F8E4M3).info().dtype == Dtype::F8E4M3);
     THROWS(Error, InvalidGeometry, "llama-3-8b", Geometry::preset("llama-3-9b"));
-    THROWS(Error, InvalidArgument, "NUL at byte 10 of 12", Geometry::preset(std::string("llama-3-8b\0x", 12)));
+    const std::string cut_short("llama-3-8b\0x", 12);
+    THROWS(Error, InvalidArgument, "NUL at byte 10 of 12", Geometry::preset(cut_short));
     THROWS(Error, InvalidArgument, "UTF-8", Geometry::preset("\xff"));
 }
 

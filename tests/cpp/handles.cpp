@@ -6,18 +6,18 @@
 #include <unistd.h>
 
 template <class T>
-constexpr bool move_only = !std::is_copy_constructible<T>::value && !std::is_copy_assignable<T>::value &&
-                           std::is_nothrow_move_constructible<T>::value &&
-                           std::is_nothrow_move_assignable<T>::value && std::is_nothrow_destructible<T>::value &&
-                           std::is_nothrow_default_constructible<T>::value && !std::is_polymorphic<T>::value &&
-                           sizeof(T) == sizeof(void*);
+constexpr bool move_only =
+    !std::is_copy_constructible<T>::value && !std::is_copy_assignable<T>::value &&
+    std::is_nothrow_move_constructible<T>::value && std::is_nothrow_move_assignable<T>::value &&
+    std::is_nothrow_destructible<T>::value && std::is_nothrow_default_constructible<T>::value &&
+    !std::is_polymorphic<T>::value && sizeof(T) == sizeof(void*);
 
 static_assert(move_only<vattn::Geometry> && move_only<vattn::Driver> && move_only<vattn::Cache>, "handles");
 static_assert(!std::is_convertible<vattn_cache*, vattn::Cache>::value, "taking over is said aloud");
 static_assert(!std::is_convertible<vattn::Cache, bool>::value, "no number by accident");
 static_assert(!std::is_constructible<vattn::Cache, vattn_driver*>::value, "a handle of another kind");
 static_assert(!std::is_default_constructible<vattn::Fence>::value, "there is no implicit fence");
-static_assert(std::is_nothrow_copy_constructible<vattn::Error>::value, "an exception that is copied throws none");
+static_assert(std::is_nothrow_copy_constructible<vattn::Error>::value, "copying an exception throws none");
 
 static void moves() {
     World world;

@@ -18,15 +18,21 @@ using vattn::Span;
 template <class To, class From>
 constexpr bool becomes = std::is_convertible<From, To>::value;
 
-static_assert(becomes<Span<const int>, std::vector<int>&> && becomes<Span<const int>, const std::vector<int>&>, "");
+static_assert(becomes<Span<const int>, std::vector<int>&> &&
+                  becomes<Span<const int>, const std::vector<int>&>, "");
 static_assert(becomes<Span<int>, std::vector<int>&> && !becomes<Span<int>, const std::vector<int>&>, "");
 static_assert(becomes<Span<const int>, Span<int>> && !becomes<Span<int>, Span<const int>>, "");
-static_assert(becomes<Span<const int>, int (&)[3]> && becomes<Span<const int>, const std::array<int, 3>&>, "");
+static_assert(becomes<Span<const int>, int (&)[3]> &&
+                  becomes<Span<const int>, const std::array<int, 3>&>, "");
 static_assert(!becomes<Span<const int>, std::vector<long>&> && !becomes<Span<const int>, int*>, "");
-static_assert(!becomes<Span<bool>, std::vector<bool>&> && !becomes<Span<const vattn_fence>, std::vector<Fence>&>, "");
-static_assert(!becomes<Span<int>, std::initializer_list<int>> && becomes<Span<const int>, std::initializer_list<int>>, "");
-static_assert(std::is_trivially_copyable<Span<const int>>::value && sizeof(Span<int>) == 2 * sizeof(void*), "");
-static_assert(becomes<Fences, Fence> && becomes<Fences, vattn_fence> && becomes<Fences, std::vector<Fence>>, "");
+static_assert(!becomes<Span<bool>, std::vector<bool>&> &&
+                  !becomes<Span<const vattn_fence>, std::vector<Fence>&>, "");
+static_assert(!becomes<Span<int>, std::initializer_list<int>> &&
+                  becomes<Span<const int>, std::initializer_list<int>>, "");
+static_assert(std::is_trivially_copyable<Span<const int>>::value &&
+                  sizeof(Span<int>) == 2 * sizeof(void*), "");
+static_assert(becomes<Fences, Fence> && becomes<Fences, vattn_fence> &&
+                  becomes<Fences, std::vector<Fence>>, "");
 static_assert(!becomes<Fences, void*> && !becomes<Fence, void*> && !becomes<Fences, std::nullptr_t>, "");
 
 static std::size_t count(Span<const int> span) { return span.size(); }

@@ -4,9 +4,11 @@
 using vattn::Part;
 using vattn::View;
 
-static std::uint16_t value(unsigned owner, std::uint64_t layer, Part part, std::int64_t j, std::int64_t h, std::int64_t d) {
-    const auto token = static_cast<std::uint64_t>(j) * 97 + static_cast<std::uint64_t>(h) * 31 + static_cast<std::uint64_t>(d);
-    return static_cast<std::uint16_t>(owner * 40503 + layer * 3571 + (part == Part::Value ? 2237U : 0U) + token);
+/* What an element holds, for whoever owns it. */
+static std::uint16_t value(int owner, std::uint32_t layer, Part part, std::int64_t j, std::int64_t h,
+                           std::int64_t d) {
+    const std::int64_t place = j * 97 + h * 31 + d + (part == Part::Value ? 2237 : 0);
+    return static_cast<std::uint16_t>(owner * 40503 + std::int64_t{layer} * 3571 + place);
 }
 
 /* Every element of the first tokens of a slot, in all layers. */
@@ -17,20 +19,22 @@ static void each(const vattn::Cache& cache, std::int64_t tokens, F visit) {
             const auto elements = cache.view(layer, part).typed<std::uint16_t>();
             for (std::int64_t j = 0; j < tokens; ++j) {
                 for (std::int64_t h = 0; h < elements.shape(2); ++h) {
-                    for (std::int64_t d = 0; d < elements.shape(3); ++d) visit(elements, layer, part, j, h, d);
+                    for (std::int64_t d = 0; d < elements.shape(3); ++d) {
+                        visit(elements, layer, part, j, h, d);
+                    }
                 }
             }
         }
     }
 }
 
-static void write(const vattn::Cache& cache, unsigned owner, const vattn::Slot& slot, std::int64_t tokens) {
+static void write(const vattn::Cache& cache, int owner, const vattn::Slot& slot, std::int64_t tokens) {
     each(cache, tokens, [&](const auto& elements, auto layer, auto part, auto j, auto h, auto d) {
         elements(slot.index, j, h, d) = value(owner, layer, part, j, h, d);
     });
 }
 
-static bool holds(const vattn::Cache& cache, unsigned owner, const vattn::Slot& slot, std::int64_t tokens) {
+static bool holds(const vattn::Cache& cache, int owner, const vattn::Slot& slot, std::int64_t tokens) {
     bool all = true;
     each(cache, tokens, [&](const auto& elements, auto layer, auto part, auto j, auto h, auto d) {
         all = all && elements.at(slot.index, j, h, d) == value(owner, layer, part, j, h, d);
@@ -76,7 +80,9 @@ static void numbers() {
     const View third = keys.slot(3);
     CHECK(third.shape(0) == 1 && third.shape(1) == 256 && third.stride(1) == 64);
     CHECK(third.data<std::uint16_t>() == keys.data<std::uint16_t>() + 3 * keys.stride(0));
-    CHECK(&third.typed<std::uint16_t>()(0, 5, 1, 2) == &keys.typed<std::uint16_t>()(3U, std::size_t{5}, 1L, short{2}));
+    // Any type of whole numbers is an index.
+    const auto elements = keys.typed<std::uint16_t>();
+    CHECK(&third.typed<std::uint16_t>()(0, 5, 1, 2) == &elements(3U, std::size_t{5}, 1L, short{2}));
 }
 
 static void refusals() {
@@ -86,7 +92,7 @@ static void refusals() {
     THROWS(Error, InvalidArgument, "part is 7", world.cache.view(0, static_cast<Part>(7)));
     THROWS(Error, InvalidArgument, "vattn_cache_paged_view: ", world.cache.paged_view(2, Part::Key));
     THROWS(Error, InvalidArgument, "vattn_cache_token_view: ", world.cache.token_view(2, Part::Key));
-    THROWS(Error, InvalidArgument, "vattn::View::typed: the type has 4 bytes and an element 2", keys.typed<float>());
+    THROWS(Error, InvalidArgument, "View::typed: the type has 4 bytes and an element 2", keys.typed<float>());
     THROWS(Error, InvalidArgument, "vattn::View::data: the type has 1 bytes", keys.data<char>());
     THROWS(Error, InvalidArgument, "vattn::View::slot: index 4, and the view has 4", keys.slot(4));
     const auto elements = keys.typed<const std::uint16_t>();
