@@ -195,17 +195,13 @@
  * - A function that waits for the device: streams and events are the program's.
  */
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-
 #ifndef VATTN_H
 #define VATTN_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
 
 /// The version of the ABI that this header describes. It changes where a program that was built with an
 /// earlier header would no longer work; fields and functions are added without.
@@ -871,7 +867,8 @@ typedef struct {
     uint64_t free_bytes;
     /// Extents that the driver would not let go of after a failure.
     uint64_t quarantined;
-    /// All that was created and not released.
+    /// All that was created and not released. While extents are made of other ones, those that go and those
+    /// that come both count, so for a moment it can be more than the budget; what exists never is.
     uint64_t held;
     /// What may be held at most, in whole granules.
     uint64_t budget;
@@ -1503,8 +1500,6 @@ vattn_status vattn_driver_set_capturing(const vattn_driver *driver, void *stream
 }  // extern "C"
 #endif  // __cplusplus
 
-#endif  /* VATTN_H */
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -1532,3 +1527,5 @@ static inline vattn_fence vattn_fence_event(void *event) {
 #ifdef __cplusplus
 }
 #endif
+
+#endif  /* VATTN_H */

@@ -4,7 +4,7 @@
  * What holds there holds here; this is what is different:
  *
  * - Geometry, Driver and Cache own a handle: they can be moved and not copied. One that was moved from is
- *   empty, and an empty one refuses every call with Status::InvalidHandle.
+ *   empty, and an empty one refuses every call with Status::InvalidArgument.
  * - A call that fails throws an Error. It has the status, the text and the driver's own code. What a server
  *   goes on from has a class of its own: OutOfBudget, OutOfDeviceMemory, NoFreeSlot, StaleSlot, Unsupported,
  *   Broken. A call that throws has changed nothing. Destructors throw nothing.
@@ -84,7 +84,7 @@ enum class Status : std::int32_t {
     Unhealthy = VATTN_UNHEALTHY,               ///< This cache does not work any more.
     Unsupported = VATTN_UNSUPPORTED,           ///< This machine, device or build can't do that.
     Internal = VATTN_INTERNAL,                 ///< A defect of the library; please report it.
-    InvalidHandle = VATTN_INVALID_HANDLE,      ///< The object is empty, or was destroyed.
+    InvalidHandle = VATTN_INVALID_HANDLE,      ///< The object was destroyed, or is of another kind.
     Forked = VATTN_FORKED,                     ///< The object was made before fork, and this is the child.
     Panic = VATTN_PANIC,                       ///< The library panicked, a defect of it; please report it.
     InCallback = VATTN_IN_CALLBACK,            ///< The call was made from inside a log callback.
@@ -583,9 +583,8 @@ protected:
     Handle(Handle&& from) noexcept : handle_(from.release()) {}
 
     Handle& operator=(Handle&& from) noexcept {
-        if (this != &from) {
-            drop(std::exchange(handle_, from.release()));
-        }
+        // Moved to itself it has given its handle up by the time that it takes one.
+        drop(std::exchange(handle_, from.release()));
         return *this;
     }
 
@@ -675,7 +674,7 @@ public:
     /// The `tile_tokens` that a cache of this model needs for a kernel by name, such as `fa3-decode`, in all
     /// of its layers. For several kernels take the least common multiple.
     ///
-    /// Throws InvalidArgument with the names that are known for one that is not, InvalidGeometry where how
+    /// Throws InvalidConfig with the names that are known for one that is not, InvalidGeometry where how
     /// far the kernel reads is not known for this model.
     [[nodiscard]] std::uint32_t tile_tokens(const std::string& kernel) const {
         std::uint32_t tokens = 0;
@@ -1263,7 +1262,7 @@ public:
     }
 
     /// Bytes that a slot of so many tokens takes at the least, in whole granules over all tensors, tiles
-    /// included.
+    /// included. Throws InvalidArgument for more than a slot can hold.
     [[nodiscard]] std::uint64_t bytes_for(std::uint64_t tokens) const {
         std::uint64_t bytes = 0;
         detail::check(vattn_cache_bytes_for(get(), tokens, &bytes));

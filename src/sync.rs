@@ -1,5 +1,5 @@
-//! Where locks and atomics come from, chosen here and nowhere else: parking_lot, or loom under
-//! `--cfg loom`.
+//! Where locks and atomics come from, chosen here and nowhere else: parking_lot and, for waits, the standard
+//! library, or loom under `--cfg loom`.
 //!
 //! Locks are ranked. A thread that holds a lock may only take locks of a higher rank, and holds
 //! none but that of rank 0 while it calls the driver; debug builds assert both.
@@ -162,12 +162,21 @@ pub(crate) fn assert_unlocked() {
 }
 
 /// A lock and who waits for what it guards to change.
+///
+/// Its waits are not parking_lot's, which leave a waiting thread in a table of the process: after `fork`,
+/// where that thread is not there and another may get its memory, the table is broken. The standard
+/// library's leave it with the kernel.
 #[derive(Debug)]
 pub(crate) struct Monitor<T> {
     #[cfg(not(loom))]
     inner: Leaf<T>,
+    /// How often it was notified.
     #[cfg(not(loom))]
-    changed: Condvar,
+    notified: atomic::AtomicU64,
+    #[cfg(not(loom))]
+    gate: std::sync::Mutex<()>,
+    #[cfg(not(loom))]
+    changed: std::sync::Condvar,
     #[cfg(loom)]
     inner: loom::sync::Mutex<T>,
     #[cfg(loom)]
@@ -182,7 +191,12 @@ pub(crate) type MonitorGuard<'a, T> = loom::sync::MutexGuard<'a, T>;
 #[cfg(not(loom))]
 impl<T> Monitor<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self { inner: Leaf::new(value), changed: Condvar::new() }
+        Self {
+            inner: Leaf::new(value),
+            notified: atomic::AtomicU64::new(0),
+            gate: std::sync::Mutex::new(()),
+            changed: std::sync::Condvar::new(),
+        }
     }
 
     pub(crate) fn lock(&self) -> MonitorGuard<'_, T> {
@@ -190,23 +204,29 @@ impl<T> Monitor<T> {
     }
 
     pub(crate) fn notify_all(&self) {
+        let gate = self.gate();
+        self.notified.fetch_add(1, atomic::Ordering::Relaxed);
+        drop(gate);
         self.changed.notify_all();
     }
 
     /// Waits, with the lock given up, until it is notified.
-    pub(crate) fn wait<'a>(&'a self, mut guard: MonitorGuard<'a, T>) -> MonitorGuard<'a, T> {
-        self.changed.wait(&mut guard);
-        guard
+    pub(crate) fn wait<'a>(&'a self, guard: MonitorGuard<'a, T>) -> MonitorGuard<'a, T> {
+        self.wait_for(guard, Duration::MAX)
     }
 
     /// The same, but not for longer than that.
-    pub(crate) fn wait_for<'a>(
-        &'a self,
-        mut guard: MonitorGuard<'a, T>,
-        most: Duration,
-    ) -> MonitorGuard<'a, T> {
-        self.changed.wait_for(&mut guard, most);
-        guard
+    pub(crate) fn wait_for<'a>(&'a self, guard: MonitorGuard<'a, T>, most: Duration) -> MonitorGuard<'a, T> {
+        // Before the lock is given up: whoever changes something after that notifies after that.
+        let before = self.notified.load(atomic::Ordering::Relaxed);
+        drop(guard);
+        let unchanged = |(): &mut ()| self.notified.load(atomic::Ordering::Relaxed) == before;
+        drop(self.changed.wait_timeout_while(self.gate(), most, unchanged));
+        self.inner.lock()
+    }
+
+    fn gate(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 

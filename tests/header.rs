@@ -1,5 +1,5 @@
-//! Is `include/vattn.h` what cbindgen makes of `src/ffi`, and is all of it documented? Does what is installed
-//! beside it speak of the same functions and the same version?
+//! Is `include/vattn.h` what cbindgen makes of `src/ffi`, is all of it documented, and is all of it called
+//! by the tests in `tests/c`? Does what is installed beside it speak of the same functions and version?
 //!
 //! With `VATTN_BLESS=1` in the environment the header and the list of symbols are written anew.
 
@@ -88,24 +88,13 @@ fn everything_of_c_is_in_the_header() {
     assert!(missing.is_empty(), "not in include/vattn.h: {missing:?}; name enums in cbindgen.toml");
 }
 
-/// The functions that a header declares and does not define.
-fn declared(header: &str) -> BTreeSet<&str> {
-    header
-        .split_inclusive('\n')
-        .filter(|line| line.starts_with(|c: char| c.is_alphabetic()) && !line.starts_with("static "))
-        .filter(|line| !line.starts_with("typedef "))
-        .filter_map(|line| line.split_once('('))
-        .filter_map(|(before, _)| before.rsplit([' ', '*']).next())
-        .filter(|name| name.starts_with("vattn_"))
-        .collect()
-}
-
 /// tests/install/run.sh holds the same list against the shared library that is installed.
 #[test]
 fn the_list_of_symbols_names_every_function_of_the_header() {
     let path = root().join("include/vattn.symbols");
     let made = made();
-    let declared = declared(&made);
+    let elsewhere: String = made.split_inclusive('\n').filter(|line| !line.starts_with("static ")).collect();
+    let declared: BTreeSet<_> = declared(&elsewhere).into_iter().map(|(_, name)| name).collect();
     let exported: usize = sources().map(|(_, text)| text.matches("#[unsafe(no_mangle)]").count()).sum();
     assert_eq!(declared.len(), exported, "the header declares as many functions as the sources export");
     let list: String = declared.iter().map(|name| format!("{name}\n")).collect();
@@ -230,4 +219,72 @@ fn an_entry_beside_the_wrapper_is_seen() {
     ] {
         assert_eq!(outside_the_wrapper("vattn_x", body).is_some(), wrong, "{body}");
     }
+}
+
+/// What the header declares: whether each function returns a status, and its name.
+fn declared(header: &str) -> Vec<(bool, &str)> {
+    let lines = header.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()));
+    lines
+        .filter(|line| !line.starts_with("typedef"))
+        .filter_map(|line| {
+            let before = &line[..line.find('(')?];
+            let name = before.rsplit([' ', '*']).next()?;
+            name.starts_with("vattn_").then_some((line.starts_with("vattn_status "), name))
+        })
+        .collect()
+}
+
+/// What stands between the brackets of the calls of a macro, or of several whose names begin alike.
+fn arguments<'a>(text: &'a str, start: &'a str) -> impl Iterator<Item = &'a str> {
+    text.match_indices(start).map(move |(at, _)| {
+        let call = &text[at..];
+        let (mut depth, mut quoted, mut escaped) = (0_i32, false, false);
+        let end = call.find(|c| {
+            quoted ^= c == '"' && !escaped;
+            escaped = c == '\\' && !escaped;
+            depth += if quoted { 0 } else { i32::from(c == '(') - i32::from(c == ')') };
+            depth == 0 && c == ')'
+        });
+        &call[..end.unwrap_or(call.len())]
+    })
+}
+
+/// What of the header's functions the tests in C leave out: a call that succeeds, one that fails.
+fn untested(header: &str, tests: &str) -> Vec<String> {
+    let called = |within: &[&str], name: &str| within.iter().any(|text| text.contains(&format!("{name}(")));
+    let succeed: Vec<_> = arguments(tests, "CHECK_OK(").collect();
+    let fail: Vec<_> = arguments(tests, "CHECK_FAILS").collect();
+    let anywhere = [tests];
+    let mut missing = Vec::new();
+    for (fallible, name) in declared(header) {
+        if !called(if fallible { &succeed } else { &anywhere }, name) {
+            missing.push(format!("{name} succeeds"));
+        }
+        if fallible && !called(&fail, name) {
+            missing.push(format!("{name} fails"));
+        }
+    }
+    missing
+}
+
+#[test]
+fn every_function_is_called_by_the_tests_in_c() {
+    let header = committed();
+    let count = declared(&header).len();
+    assert!(count > 60, "only {count} functions were found: the search is broken");
+    let files = fs::read_dir(root().join("tests/c")).unwrap().map(|file| file.unwrap().path());
+    let files = files.filter(|path| path.extension().is_some_and(|end| end == "c" || end == "h"));
+    let tests: String = files.map(|path| fs::read_to_string(path).unwrap()).collect();
+    assert_eq!(untested(&header, &tests), Vec::<String>::new());
+}
+
+#[test]
+fn a_function_without_a_test_in_c_is_seen() {
+    let header =
+        "vattn_status vattn_a(int32_t x);\nconst char *vattn_b(void);\ntypedef void (*vattn_c)(void);\n";
+    let missing = |tests| untested(header, tests);
+    assert_eq!(missing("vattn_a();"), ["vattn_a succeeds", "vattn_a fails", "vattn_b succeeds"]);
+    assert_eq!(missing("CHECK_OK(f(\")\", vattn_a(1))); vattn_b();"), ["vattn_a fails"]);
+    assert_eq!(missing("CHECK_FAILS_OUT(1, \"\\\")\", vattn_a(1)); vattn_b()"), ["vattn_a succeeds"]);
+    assert_eq!(missing("CHECK_OK(1); vattn_a(); CHECK_FAILS(2); vattn_b()").len(), 2);
 }

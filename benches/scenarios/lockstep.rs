@@ -73,7 +73,7 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
             kernels: KERNELS,
             warm_up: REQUESTS,
         };
-        for manager in Manager::ALL {
+        for manager in bench.managers() {
             if !bench.limit.is_over() {
                 table.row(cells(bench, name, manager, &manager.serve(bench, &config, &load)));
                 bench.settle(budget);

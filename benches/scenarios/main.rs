@@ -12,6 +12,7 @@
 //!                                                          scenario has; exit code 1 if a goal is missed
 //! cargo bench --bench scenarios -- --step-ms 20 lockstep   kernels of an iteration last so long, for
 //!                                                          every policy and on every device
+//! cargo bench --bench scenarios -- --only vattn lockstep   this row of each layout alone
 //! ```
 //!
 //! `lockstep`, `sync-vs-async` and `churn` serve in real time, with kernels between the steps, and beside
@@ -64,6 +65,8 @@ struct Bench<'a> {
     runs: Option<usize>,
     /// How long the kernels of an iteration last, where that is not left to the scenario.
     kernels: Option<Duration>,
+    /// The policy whose rows are measured alone, in scenarios with several.
+    only: Option<String>,
     /// Once, and small: it is only to be seen that it works.
     test: bool,
     limit: Limit,
@@ -87,6 +90,13 @@ impl Bench<'_> {
     fn iteration(&self, own: Duration) -> Duration {
         let elsewhere = Duration::from_micros(if self.test { 50 } else { 1_000 });
         self.kernels.unwrap_or(if self.target.is_card() { own } else { own.min(elsewhere) })
+    }
+
+    /// The policies to measure.
+    fn managers(&self) -> impl Iterator<Item = serving::Manager> {
+        let wanted =
+            |manager: &serving::Manager| self.only.as_deref().is_none_or(|only| only == manager.name());
+        serving::Manager::ALL.into_iter().filter(wanted)
     }
 
     /// Says in a table that [`settle`](Self::settle) was called.
@@ -152,13 +162,21 @@ struct Args {
     json: Option<String>,
     runs: Option<usize>,
     kernels: Option<Duration>,
+    only: Option<String>,
     strict: bool,
     test: bool,
 }
 
 fn arguments() -> Result<Args, String> {
-    let mut args =
-        Args { names: Vec::new(), json: None, runs: None, kernels: None, strict: false, test: true };
+    let mut args = Args {
+        names: Vec::new(),
+        json: None,
+        runs: None,
+        kernels: None,
+        only: None,
+        strict: false,
+        test: true,
+    };
     let mut given = std::env::args().skip(1);
     while let Some(argument) = given.next() {
         let mut value = |what: &str| given.next().ok_or(format!("{argument} needs {what} after it"));
@@ -166,6 +184,14 @@ fn arguments() -> Result<Args, String> {
             "--bench" => args.test = false,
             "--test" => {}
             "--strict" => args.strict = true,
+            "--only" => {
+                let name = value("a policy")?;
+                let known = serving::Manager::ALL.map(serving::Manager::name);
+                if !known.contains(&name.as_str()) {
+                    return Err(format!("--only {name} is no policy; use one of {}", known.join(", ")));
+                }
+                args.only = Some(name);
+            }
             "--json" => args.json = Some(value("a file")?),
             "--runs" => {
                 let runs = value("a number")?;
@@ -219,7 +245,7 @@ fn main() -> ExitCode {
         for scenario in chosen {
             let limit = Limit::seconds(scenario.seconds);
             let Args { runs, kernels, test, .. } = args;
-            let bench = Bench { target: &target, runs, kernels, test, limit };
+            let bench = Bench { target: &target, runs, kernels, only: args.only.clone(), test, limit };
             let done = (scenario.run)(&bench);
             println!("\n### {}\n", scenario.name);
             for table in done {

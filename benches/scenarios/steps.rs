@@ -2,7 +2,7 @@
 //! an extent?
 //!
 //! Asked because a step of a small model takes a few milliseconds and every request is in it. The first
-//! asks no driver; the second should cost one mapping and hardly anything of our own. `benches/steady.rs`
+//! asks no driver; the second should cost one mapping and hardly anything of our own. `benches/steady`
 //! asks more about the first.
 //!
 //! `driver` is the time inside the driver's calls by the library's own counters, `own` the rest of the

@@ -51,7 +51,7 @@ pub(crate) fn run(bench: &Bench<'_>) -> Vec<Table> {
     let load =
         Load { requests: &requests, batch: |_| AT_ONCE, announced: false, kernels: KERNELS, warm_up: 0 };
     let mut all = Vec::new();
-    for manager in Manager::ALL {
+    for manager in bench.managers() {
         if !bench.limit.is_over() {
             all.push((manager, manager.serve(bench, &config, &load)));
             bench.settle(budget);

@@ -11,9 +11,9 @@ use crate::driver::Driver;
 use crate::driver::checked::Checked;
 use crate::driver::host::{Host, HostOptions};
 use crate::driver::ledger::{Ledger, LedgerOptions};
-use crate::error::Verb;
 #[cfg(not(feature = "cuda"))]
 use crate::error::{Error, ErrorKind};
+use crate::error::{Result, Verb};
 use crate::units::{Bytes, Device};
 
 /// Whoever maps memory. A cache keeps the driver that it was made with alive, and several caches may
@@ -99,7 +99,7 @@ use vattn_verb::*;
 
 impl vattn_verb {
     /// The verb that a number stands for.
-    pub(super) fn named(name: &str, value: i32) -> crate::Result<Verb> {
+    pub(super) fn named(name: &str, value: i32) -> Result<Verb> {
         args::choice(name, value, &Verb::ALL.map(|verb| (Self::from(verb), verb)))
     }
 }
@@ -291,6 +291,11 @@ pub unsafe extern "C" fn vattn_driver_create_cuda(
             let options = if options.is_null() { defaults } else { args::sized_in("options", options)? };
             (options, args::out("out", out)?)
         };
+        if options.reserved != 0 {
+            return Err(
+                args::invalid(format!("options->reserved is {}; leave it 0", options.reserved)).into()
+            );
+        }
         let driver = cuda(&options)?;
         out.set(DRIVERS.keep(DriverObject { driver, by_hand: ByHand::No, checked: None })?);
         Ok(())
@@ -463,7 +468,7 @@ pub unsafe extern "C" fn vattn_cuda_device_describe(
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_device(ordinal: u32) -> crate::Result<vattn_cuda_device> {
+fn cuda_device(ordinal: u32) -> Result<vattn_cuda_device> {
     let devices = crate::driver::cuda::devices()?;
     let Some(device) = devices.iter().find(|device| device.ordinal == ordinal) else {
         return Err(args::invalid(format!(

@@ -12,11 +12,11 @@
 //! the threads and the device that belong to it are not there.
 //!
 //! A call holds its place for reading, and taking an object away holds it for writing: it waits for the
-//! calls under way. Places are made in blocks and never given up.
+//! calls under way, while those that come later are refused. Places are made in blocks and never given up.
 
 use std::ops::Deref;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use super::cache::vattn_cache;
 use super::driver::{DriverObject, vattn_driver};
@@ -54,7 +54,12 @@ struct Free {
     fresh: u32,
 }
 
-type Place<T> = ReadWrite<Content<T>>;
+struct Place<T> {
+    /// The generation that was last destroyed, from the moment on at which that was asked for: later calls
+    /// do not get in before the one that waits to take the object away.
+    ended: AtomicU32,
+    content: ReadWrite<Content<T>>,
+}
 
 struct Content<T> {
     generation: u32,
@@ -98,9 +103,10 @@ impl<C, T> Handles<C, T> {
         })?;
         let (block, within) = (usize::from(number) / BLOCK, usize::from(number) % BLOCK);
         let places = self.blocks[block].get_or_init(|| {
-            (0..BLOCK).map(|_| ReadWrite::new(Content { generation: 0, object: None })).collect()
+            let content = || ReadWrite::new(Content { generation: 0, object: None });
+            (0..BLOCK).map(|_| Place { ended: AtomicU32::new(0), content: content() }).collect()
         });
-        let mut content = places[within].write();
+        let mut content = places[within].content.write();
         content.generation = content.generation.wrapping_add(1).max(1);
         content.object = Some(object);
         let token = u64::from(content.generation) << 32
@@ -114,24 +120,34 @@ impl<C, T> Handles<C, T> {
     #[inline]
     pub(super) fn get(&self, handle: *const C) -> Result<Held<'_, T>, Failure> {
         let (place, generation, _) = self.place(handle)?;
-        // Not behind a writer that waits: it may wait for a call that this one is made from.
-        let content = place.read_recursive();
-        if content.generation != generation || content.object.is_none() {
-            return Err(self.gone());
-        }
-        Ok(Held(content))
+        self.held(place, generation)
     }
 
     /// Takes an object away from its handle, once the calls under way have returned.
     pub(super) fn take(&self, handle: *const C) -> Result<T, Failure> {
         let (place, generation, number) = self.place(handle)?;
-        let object = {
-            let mut content = place.write();
-            if content.generation != generation { None } else { content.object.take() }
-        };
-        let object = object.ok_or_else(|| self.gone())?;
+        let held = self.held(place, generation)?;
+        if place.ended.swap(generation, Ordering::Relaxed) == generation {
+            return Err(self.gone());
+        }
+        drop(held);
+        // Whoever set the generation as ended is alone in taking its object.
+        let object = place.content.write().object.take().ok_or_else(|| self.gone())?;
         self.free.lock().places.push(number);
         Ok(object)
+    }
+
+    #[inline]
+    fn held<'a>(&self, place: &'a Place<T>, generation: u32) -> Result<Held<'a, T>, Failure> {
+        if place.ended.load(Ordering::Relaxed) == generation {
+            return Err(self.gone());
+        }
+        // Not behind a writer that waits: it may wait for a call that this one is made from.
+        let content = place.content.read_recursive();
+        if content.generation != generation || content.object.is_none() {
+            return Err(self.gone());
+        }
+        Ok(Held(content))
     }
 
     #[inline]

@@ -40,6 +40,8 @@ mod log;
 mod stats;
 mod status;
 mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use cache::*;
 pub use config::*;

@@ -29,7 +29,8 @@ pub struct vattn_bytes {
     pub free_bytes: u64,
     /// Extents that the driver would not let go of after a failure.
     pub quarantined: u64,
-    /// All that was created and not released.
+    /// All that was created and not released. While extents are made of other ones, those that go and those
+    /// that come both count, so for a moment it can be more than the budget; what exists never is.
     pub held: u64,
     /// What may be held at most, in whole granules.
     pub budget: u64,

@@ -12,8 +12,8 @@
 //! ```
 //!
 //! Invariants, checked by [`Pool::audit`]:
-//! - held = free + in use + promised + withdrawn, and never above the budget unless the budget was
-//!   lowered below what is in use;
+//! - held = free + in use + promised + withdrawn. What exists is never above the budget unless the budget was
+//!   lowered below what is in use; held can be, by what is withdrawn for the sake of what is promised;
 //! - an extent in a free list has exactly one reference.
 //!
 //! The pool is behind the lock of rank 2. No driver call is made under it.

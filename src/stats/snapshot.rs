@@ -54,7 +54,8 @@ pub struct ByteCounts {
     pub free: Bytes,
     /// Extents that the driver would not let go of after a failure.
     pub quarantined: Bytes,
-    /// All that was created and not released.
+    /// All that was created and not released. While extents are made of other ones, those that go and those
+    /// that come both count, so for a moment it can be more than the budget; what exists never is.
     pub held: Bytes,
     /// What may be held at most, in whole granules.
     pub budget: Bytes,

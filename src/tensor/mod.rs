@@ -138,6 +138,13 @@ impl Run {
         if granules.is_zero() {
             return Some(0);
         }
+        // Growth goes on from the frontier: no search there, as each piece looked at is a line of memory.
+        if let Some(next) = self.pieces.get(self.needed)
+            && self.frontier() < granules
+            && granules <= next.end
+        {
+            return Some(self.needed + 1);
+        }
         let before = self.pieces.partition_point(|piece| piece.end < granules);
         (before < self.pieces.len()).then_some(before + 1)
     }

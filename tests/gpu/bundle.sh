@@ -17,8 +17,10 @@ if [ -e "$folder" ] && [ ! -e "$folder/run.sh" ]; then
     exit 1
 fi
 rm -rf "$folder"
-mkdir -p "$folder/bin" "$folder/traces"
+mkdir -p "$folder/bin" "$folder/traces" "$folder/include" "$folder/engine"
 cp tests/gpu/run.sh tests/gpu/*.py "$folder/"
+cp include/* "$folder/include/"
+cp examples/cpp/*.?pp examples/cpp/build_torch.sh "$folder/engine/"
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -33,12 +35,14 @@ built cargo test --release --no-run -p vattn \
     --test conformance --test model --test fault_sweep --test contents --test cuda \
     --test mapper_on_card --test soak
 built cargo bench --no-run -p vattn --benches
+built cargo build --release --example attention
 # Cargo tells where it put each: `Executable benches/scenarios/main.rs (target/release/deps/scenarios-…)`.
 sed -n 's/^ *Executable .*(\(.*\/\([a-z_]*\)-[0-9a-f]*\))$/\2 \1/p' "$log" |
     while read -r name path; do
         cp "$path" "$folder/bin/$name"
     done
-cp "$target/release/vattn" "$target/release/libvattn_bridge.so" "$folder/bin/"
+cp "$target/release/vattn" "$target/release/examples/attention" "$folder/bin/"
+cp "$target/release/libvattn.so" "$target/release/libvattn_bridge.so" "$folder/bin/"
 strip --strip-all "$folder"/bin/*
 
 for trace in azure_llm_2023_conv.csv sync_vs_async.csv; do

@@ -1,12 +1,13 @@
 #!/bin/sh
 # Runs the GPU suite of the folder that it lies in, and leaves everything in FOLDER/results (or $OUT):
 #
-#   ./run.sh [tests] [soak] [sanitizer] [probe] [replay] [bench] [serving] [creating] [kernels] [attention] [busy]
+#   ./run.sh [tests] [soak] [sanitizer] [probe] [replay] [example] [bench] [serving] [creating] [kernels] [attention]
+#       [busy] [engine]
 #   (default: all of them)
 #
-# `soak` takes VATTN_SOAK_SECONDS (180). `sanitizer` needs compute-sanitizer, `creating`, `kernels`, `attention` and
-# `busy` a Python with PyTorch. Every command has a time limit, and one that hangs has failed. Ends with the list of
-# what passed, and with an error if anything did not.
+# `soak` takes VATTN_SOAK_SECONDS (180). `sanitizer` needs compute-sanitizer, `example` NVRTC, `creating`, `kernels`,
+# `attention`, `busy` and `engine` a Python with PyTorch, the last one a C++ compiler too. Every command has a time
+# limit, and one that hangs has failed. Ends with the list of what passed, and with an error if anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
 out=${OUT:-$PWD/results}
@@ -75,6 +76,17 @@ replay() {
     note replay-json "$@" --format json
 }
 
+# Where there is PyTorch, with the NVRTC that it brought along, whose name ends with its version: cudarc does not know
+# all of those.
+example() {
+    libraries=$(mktemp -d)
+    nvrtc=$(python3 -c 'import glob, sys; print(*(path for folder in sys.path
+        for path in glob.glob(folder + "/nvidia/*/lib/libnvrtc.so.*")), sep="\n")' 2>/dev/null | head -n 1)
+    [ -z "$nvrtc" ] || ln -s "$nvrtc" "$libraries/libnvrtc.so"
+    note example env LD_LIBRARY_PATH="$libraries:$(dirname "$nvrtc"):$LD_LIBRARY_PATH" bin/attention
+    rm -r "$libraries"
+}
+
 # Without `--bench` they would only show that they work.
 bench() {
     note scenarios bin/scenarios --bench --json "$out/scenarios.json" \
@@ -95,7 +107,20 @@ kernels() { note kernels python3 kernels.py "$out"; }
 attention() { note attention python3 attention.py "$out"; }
 busy() { note busy python3 attention_busy.py "$out"; }
 
-[ $# -gt 0 ] || set -- tests soak sanitizer probe replay bench serving creating kernels attention busy
+# Built here, against the PyTorch that is here. A byte that is spoilt on purpose has to be found.
+engine() {
+    FA3_LIBRARY=$(python3 -c 'from importlib.util import find_spec; print(find_spec("fa3_fwd._C").origin)')
+    export FA3_LIBRARY
+    note engine-build sh engine/build_torch.sh "$PWD/bin/engine" "$PWD/bin" "$PWD/include"
+    trace=traces/azure_llm_2023_conv.csv
+    set -- bin/engine
+    # Without it, requests are generated.
+    [ ! -e "$trace" ] || set -- "$@" --trace "$trace"
+    note engine "$@" --limit 400 --require-turnover
+    note engine-spoilt sh -c '"$@"; [ $? -eq 1 ]' - "$@" --limit 10 --spoil 20
+}
+
+[ $# -gt 0 ] || set -- tests soak sanitizer probe replay example bench serving creating kernels attention busy engine
 for part in "$@"; do
     "$part"
 done

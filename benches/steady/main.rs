@@ -2,8 +2,8 @@
 //! left out?
 //!
 //! Asked because a decode step of a small model takes a few milliseconds, and a manager that walks its
-//! slots or its parked memory in every one of them would be seen: the peers do. So four things are
-//! measured, each beside how many slots hold memory, since none may grow with that:
+//! slots or its parked memory in every one of them would be seen: the peers do. So five things are
+//! measured, most of them beside how many slots hold memory, since none may grow with that:
 //!
 //! | group | what is timed | at most, at the median |
 //! |---|---|---|
@@ -11,16 +11,22 @@
 //! | `step beside parked` | the same beside 16 … 16,384 parked slots | 1.5 µs, flat |
 //! | `adopt` | a request takes over a parked slot that holds enough for it | 5 µs, flat |
 //! | `own time per mapping` | a step that maps, less the time inside the driver, by mapping | 1 µs, flat |
+//! | `step through C` | 1 … 1,024 requests gain a token each: through Rust and through the C ABI | 50 ns more |
 //!
 //! The model is Llama-3-8B with all layers in one tensor, K and V apart. The driver is the one that
 //! keeps books and maps nothing, so that 16,384 slots of memory fit any machine; what is timed is the
 //! same code on every driver. There is no mapper, which would map beside what is timed. `step` is measured on the host driver too, which shows that. Beside
 //! `step` stands the policy of vAttention, without and with the thread that it starts in every step.
 //!
+//! With `VATTN_LIBRARY` naming the shared library, `step through C` calls that one, too, as a program does that
+//! is linked to it.
+//!
 //! `benches/record.sh` keeps the medians of a run under `benches/record/`.
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "a bench may panic, and has no callers")]
 
+mod c_abi;
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::sync::Arc;
@@ -139,8 +145,8 @@ fn steps_within(cache: &KvCache, entries: &mut [SlotTokens], steps: u64) -> Dura
     took
 }
 
-fn active(cache: &KvCache) -> Vec<SlotTokens> {
-    (0..ACTIVE).map(|_| SlotTokens::new(admit(cache, 1), tokens(1))).collect()
+fn active(cache: &KvCache, count: u32) -> Vec<SlotTokens> {
+    (0..count).map(|_| SlotTokens::new(admit(cache, 1), tokens(1))).collect()
 }
 
 fn step_of_256(c: &mut Criterion) {
@@ -150,7 +156,7 @@ fn step_of_256(c: &mut Criterion) {
 
     let mut vattn = |name: &str, driver: Arc<dyn Driver>| {
         let cache = KvCache::new(config(SLOTS, budget), driver).unwrap();
-        let mut entries = active(&cache);
+        let mut entries = active(&cache, ACTIVE);
         group.bench_function(name, |b| b.iter_custom(|steps| steps_within(&cache, &mut entries, steps)));
         assert_eq!(cache.report().unwrap().snapshot.slots.active, u64::from(ACTIVE));
     };
@@ -204,7 +210,7 @@ fn step_beside_parked(c: &mut Criterion) {
     let mut group = c.benchmark_group("step beside parked");
     for held in HELD {
         let cache = cache(ACTIVE + held, Bytes::gib(1 << 16));
-        let mut entries = active(&cache);
+        let mut entries = active(&cache, ACTIVE);
         park(&cache, held);
         group.bench_function(BenchmarkId::from_parameter(held), |b| {
             b.iter_custom(|steps| steps_within(&cache, &mut entries, steps));
@@ -373,5 +379,12 @@ fn wide(count: usize) -> u64 {
     u64::try_from(count).unwrap()
 }
 
-criterion_group!(benches, step_of_256, step_beside_parked, adopt, own_time_per_mapping);
+criterion_group!(
+    benches,
+    step_of_256,
+    step_beside_parked,
+    adopt,
+    own_time_per_mapping,
+    c_abi::step_through_c
+);
 criterion_main!(benches);
