@@ -1,7 +1,7 @@
 //! Is `include/vattn.h` what cbindgen makes of `src/ffi`, is all of it documented, and is all of it called
-//! by the tests in `tests/c`?
+//! by the tests in `tests/c`? Does what is installed beside it speak of the same functions and version?
 //!
-//! With `VATTN_BLESS=1` in the environment the header is written anew.
+//! With `VATTN_BLESS=1` in the environment the header and the list of symbols are written anew.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
@@ -25,8 +25,8 @@ fn committed() -> String {
     fs::read_to_string(header()).unwrap()
 }
 
-#[test]
-fn the_header_is_what_the_sources_say() {
+/// The header as the sources would have it.
+fn made() -> String {
     let config = cbindgen::Config::from_file(root().join("cbindgen.toml")).unwrap();
     let mut made = Vec::new();
     let builder = cbindgen::Builder::new().with_config(config);
@@ -34,7 +34,12 @@ fn the_header_is_what_the_sources_say() {
         builder.with_src(root().join("src/ffi").join(file).with_extension("rs"))
     });
     builder.generate().unwrap().write(&mut made);
-    let made = String::from_utf8(made).unwrap();
+    String::from_utf8(made).unwrap()
+}
+
+#[test]
+fn the_header_is_what_the_sources_say() {
+    let made = made();
     if std::env::var_os("VATTN_BLESS").is_some() {
         fs::write(header(), &made).unwrap();
     }
@@ -81,6 +86,37 @@ fn everything_of_c_is_in_the_header() {
     let words: BTreeSet<_> = header.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
     let missing: Vec<_> = seen.iter().filter(|name| !words.contains(name.as_str())).collect();
     assert!(missing.is_empty(), "not in include/vattn.h: {missing:?}; name enums in cbindgen.toml");
+}
+
+/// tests/install/run.sh holds the same list against the shared library that is installed.
+#[test]
+fn the_list_of_symbols_names_every_function_of_the_header() {
+    let path = root().join("include/vattn.symbols");
+    let made = made();
+    let elsewhere: String = made.split_inclusive('\n').filter(|line| !line.starts_with("static ")).collect();
+    let declared: BTreeSet<_> = declared(&elsewhere).into_iter().map(|(_, name)| name).collect();
+    let exported: usize = sources().map(|(_, text)| text.matches("#[unsafe(no_mangle)]").count()).sum();
+    assert_eq!(declared.len(), exported, "the header declares as many functions as the sources export");
+    let list: String = declared.iter().map(|name| format!("{name}\n")).collect();
+    if std::env::var_os("VATTN_BLESS").is_some() {
+        fs::write(&path, &list).unwrap();
+    }
+    let committed = fs::read_to_string(&path).unwrap_or_default();
+    let committed: BTreeSet<_> = committed.lines().collect();
+    assert!(
+        committed == declared,
+        "include/vattn.symbols lacks {:?} and has {:?} too many; run VATTN_BLESS=1 cargo test --test header",
+        declared.difference(&committed).collect::<Vec<_>>(),
+        committed.difference(&declared).collect::<Vec<_>>(),
+    );
+}
+
+#[test]
+fn the_cmake_package_has_the_version_of_the_crate() {
+    let path = root().join("cmake/vattnConfigVersion.cmake");
+    let version = format!("\nset(PACKAGE_VERSION {})\n", env!("CARGO_PKG_VERSION"));
+    let text = fs::read_to_string(path).unwrap();
+    assert!(text.contains(&version), "cmake/vattnConfigVersion.cmake does not say{version}");
 }
 
 #[test]
