@@ -184,7 +184,10 @@ impl Core {
     pub(super) fn back_spare(&self) -> Result<()> {
         let Some(slot) = self.table.lock().spare_slot() else { return Ok(()) };
         let tokens = core::spare_tokens(&self.config);
-        self.step(&[SlotTokens::new(slot, tokens)]).map_err(|error| error.context("backing the spare slot"))
+        self.step(&[SlotTokens::new(slot, tokens)])
+            .map_err(|error| error.context("backing the spare slot"))?;
+        self.table.lock().seal_spare();
+        Ok(())
     }
 }
 

@@ -296,6 +296,13 @@ impl SlotTable {
         self.spare.map(|slot| SlotId::new(slot, self.cache, 1))
     }
 
+    /// The spare slot has its memory: nobody can name it any more.
+    pub(crate) fn seal_spare(&mut self) {
+        if let Some(spare) = self.spare {
+            self.hot[index(spare)].live = 0;
+        }
+    }
+
     pub(crate) fn layout(&self) -> Arc<Layout> {
         Arc::clone(&self.layout)
     }
@@ -368,12 +375,13 @@ impl SlotTable {
         };
         match record.state {
             _ if record.generation != id.generation() => Err(stale(id)),
-            State::Active => Ok(id.index()),
+            // All but the spare slot, which was never given to anybody.
+            State::Active if self.hot[index(id.index())].live == id.generation() => Ok(id.index()),
             State::Busy => Err(Error::new(
                 ErrorKind::SlotBusy,
                 format!("{id:?} is being worked on by another call; a slot is used by one thread at a time"),
             )),
-            State::Empty | State::Parked => Err(stale(id)),
+            State::Active | State::Empty | State::Parked => Err(stale(id)),
         }
     }
 
