@@ -56,3 +56,14 @@ fn the_spare_slot_is_nobodys_to_name() {
         assert_eq!(step(cache, slot, 50), VATTN_OK);
     });
 }
+
+#[test]
+fn no_request_has_generation_0() {
+    with_cache(|cache, slot| {
+        for index in 0..3 {
+            let none = vattn_slot { index, generation: 0, ..slot };
+            assert_eq!(step(cache, none, 0), VATTN_STALE_SLOT);
+        }
+        assert_eq!(step(cache, slot, 0), VATTN_OK);
+    });
+}

@@ -436,7 +436,8 @@ impl SlotTable {
         let step = self.steps;
         for entry in entries {
             let Some(hot) = self.hot.get_mut(index(entry.slot.index())) else { return Quick::Beyond };
-            let known = hot.live == entry.slot.generation() && entry.slot.cache() == self.cache;
+            let is_live = hot.live != 0 && hot.live == entry.slot.generation();
+            let known = is_live && entry.slot.cache() == self.cache;
             let within = hot.tokens <= entry.tokens && entry.tokens <= hot.edge;
             if !(known && within && hot.step != step) {
                 return Quick::Beyond;
