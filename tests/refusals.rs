@@ -159,3 +159,15 @@ fn per_thread_streams_are_never_taken_for_one_another() {
     cache.acquire(tokens(100), Some(stream)).unwrap();
     assert_eq!(driver.calls().of(Verb::StreamWait), 1);
 }
+
+/// Not a refusal, but no reason to be long about it either.
+#[test]
+fn a_token_of_many_terabytes_is_given_a_slot_at_once() {
+    let geometry = Geometry::uniform(1, u32::MAX, 4096, Dtype::F32).unwrap();
+    let config = Config::builder(geometry).max_slots(2).max_tokens(tokens(256)).budget(Bytes::mib(1));
+    let cache = KvCache::new(config.build().unwrap(), driver(None)).unwrap();
+    let start = std::time::Instant::now();
+    let slot = cache.acquire(tokens(4), None).unwrap();
+    assert_eq!(refusal(cache.step(&[SlotTokens::new(slot, tokens(1))]), &[]), ErrorKind::OutOfBudget);
+    assert!(start.elapsed().as_secs() < 5, "it took {:?}", start.elapsed());
+}

@@ -16,6 +16,8 @@ use crate::units::{Granules, TokenCount, wide};
 
 /// Tokens to come over which the waste is averaged.
 const HORIZON: TokenCount = TokenCount::new(256);
+/// In so many granules at the most, far beyond any model's: they are gone through one extent at a time.
+const MOST_HORIZON: Granules = Granules::new(1 << 12);
 /// Tokens to come for which a slot should have memory.
 const REACH: TokenCount = TokenCount::new(320);
 /// What a granule of mean waste costs, in mappings.
@@ -46,7 +48,7 @@ impl Wish {
     ) -> Self {
         Self {
             need: tensor.granules(hint),
-            horizon: tensor.granules(HORIZON.min(most)).max(Granules::new(1)),
+            horizon: tensor.granules(HORIZON.min(most)).clamp(Granules::new(1), MOST_HORIZON),
             reach: tensor.granules(REACH.min(most)),
             terms,
             short,
