@@ -9,7 +9,7 @@ use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::driver::{Live, Stream};
 use vattn::error::Verb;
-use vattn::geometry::{ConfigBuilder, Dtype, LayoutKind};
+use vattn::geometry::{Background, ConfigBuilder, Dtype, LayoutKind};
 use vattn::{Bytes, Config, ErrorKind, Fence, Geometry, Health, KvCache, SlotTokens, TokenCount};
 
 const GRANULE: Bytes = Bytes::new(4096);
@@ -170,4 +170,18 @@ fn a_token_of_many_terabytes_is_given_a_slot_at_once() {
     let slot = cache.acquire(tokens(4), None).unwrap();
     assert_eq!(refusal(cache.step(&[SlotTokens::new(slot, tokens(1))]), &[]), ErrorKind::OutOfBudget);
     assert!(start.elapsed().as_secs() < 5, "it took {:?}", start.elapsed());
+}
+
+#[test]
+fn what_no_device_has_is_refused_before_it_is_planned() {
+    let geometry = Geometry::uniform(1, u32::MAX, 4096, Dtype::F32).unwrap();
+    let config = Config::builder(geometry).max_slots(2).max_tokens(tokens(256)).background(Background::Off);
+    let cache = KvCache::new(config.budget(Bytes::new(u64::MAX)).build().unwrap(), driver(None)).unwrap();
+    let start = std::time::Instant::now();
+    let slot = cache.acquire(tokens(1), None).unwrap();
+    let step = [SlotTokens::new(slot, tokens(1))];
+    assert_eq!(refusal(cache.step(&step), &["1 slots"]), ErrorKind::OutOfDeviceMemory);
+    cache.prefetch(&[SlotTokens::new(slot, tokens(8))]).unwrap();
+    assert!(start.elapsed().as_secs() < 1, "it took {:?}", start.elapsed());
+    cache.report().unwrap();
 }

@@ -14,7 +14,7 @@ use crate::geometry::Background;
 use crate::pool::{Need, Pool, cover};
 use crate::slot::growth::{Change, Room, change};
 use crate::slot::{Among, Due, Place, SlotTable, State};
-use crate::units::{Granules, TokenCount, wide};
+use crate::units::{Granules, SizeClass, TokenCount, wide};
 
 /// Growth is urgent once less than this part of the look-ahead is left.
 const URGENT_DIVISOR: u64 = 4;
@@ -276,6 +276,9 @@ fn plan(table: &mut SlotTable, pool: &mut Pool, limit: Granules, found: &[Extens
     'found: for extension in found.iter().filter(|_| all_cut) {
         let Extension { place, to, slack, .. } = *extension;
         let mut at = planner.end(place);
+        // As far as a turn goes at the most: a wish may be vast.
+        let most = at + SizeClass::LARGEST.granules() * wide(BATCH);
+        let (to, slack) = if to > most { (most, Granules::ZERO) } else { (to, slack) };
         classes.clear();
         cover(Need { from: at, to, slack, cuts: &[] }, &mut classes);
         for class in &classes {

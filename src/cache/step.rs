@@ -13,8 +13,15 @@ use crate::units::{Granules, TokenCount, wide};
 /// How often a step is planned anew because the device had less memory than was planned with.
 const ATTEMPTS: usize = 4;
 
+/// What a device allows that was not asked.
+const UNKNOWN: Granules = Granules::new(u64::MAX);
+
 /// On a device with less than this share of its memory free, extents are not merged on the path.
 const FULL_DIVISOR: u64 = 16;
+
+/// A step that needs more granules than this (8 TiB on CUDA) is planned with what the device has in all: a
+/// plan lists every extent, and a budget may be any number.
+const VAST: Granules = Granules::new(1 << 22);
 
 /// What planning a step came to.
 enum Planned {
@@ -24,6 +31,8 @@ enum Planned {
     Work(Work),
     /// Extents would be merged: the device has to be asked whether they may be.
     Undecided,
+    /// More is needed than any device has, as far as is known: the device has to be asked.
+    Vast,
 }
 
 impl Core {
@@ -48,7 +57,7 @@ impl Core {
         let _moves = self.moves.lock();
         // What the device was seen to allow during this step, where that is less than the budget. The
         // next step asks the device anew: whoever took its memory may have given it back.
-        let mut device_limit = Granules::new(u64::MAX);
+        let mut device_limit = UNKNOWN;
         let mut merging = Merging::Unknown;
         let mut refused: Option<Error> = None;
         let mut attempt = 1;
@@ -75,6 +84,10 @@ impl Core {
                 Planned::Work(work) => work,
                 Planned::Undecided => {
                     merging = self.merging();
+                    continue;
+                }
+                Planned::Vast => {
+                    device_limit = self.driver.info().granule.within(self.driver.memory_info()?.total);
                     continue;
                 }
             };
@@ -125,7 +138,7 @@ impl Core {
             return false;
         }
         let (within, beyond) = split(&table, entries);
-        match sketch(&table, &pool, Granules::new(u64::MAX), &within, &beyond) {
+        match sketch(&table, &pool, UNKNOWN, &within, &beyond) {
             Ok(sketch) if !sketch.moves => {
                 publish(&mut table, &within, &beyond);
                 true
@@ -290,6 +303,9 @@ fn plan(
     if !moves {
         publish(table, within, beyond);
         return Ok(Planned::Published);
+    }
+    if exact > VAST && device_limit == UNKNOWN {
+        return Ok(Planned::Vast);
     }
 
     let all = || within.iter().chain(beyond).map(|entry| entry.slot.index());
