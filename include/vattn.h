@@ -854,7 +854,8 @@ typedef struct {
     void *handle;
 } vattn_fence;
 
-/// How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`.
+/// How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`, but for
+/// what is being moved at this moment, by the mapper or another thread, which is held and neither.
 typedef struct {
     /// `sizeof(vattn_bytes)`, set by the caller.
     size_t struct_size;

@@ -10,7 +10,8 @@ use super::library::keep_text;
 use super::status::vattn_status;
 use crate::stats::{ByteCounts, CallStats};
 
-/// How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`.
+/// How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`, but for
+/// what is being moved at this moment, by the mapper or another thread, which is held and neither.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct vattn_bytes {
