@@ -12,11 +12,12 @@
 //! the threads and the device that belong to it are not there.
 //!
 //! A call holds its place for reading, and taking an object away holds it for writing: it waits for the
-//! calls under way. Places are made in blocks and never given up.
+//! calls under way, while later ones are refused, or it could wait for ever. Places are made in blocks
+//! and never given up.
 
 use std::ops::Deref;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use super::cache::vattn_cache;
 use super::driver::{DriverObject, vattn_driver};
@@ -54,7 +55,11 @@ struct Free {
     fresh: u32,
 }
 
-type Place<T> = ReadWrite<Content<T>>;
+struct Place<T> {
+    content: ReadWrite<Content<T>>,
+    /// The generation that was last taken away, or is about to be.
+    ending: AtomicU32,
+}
 
 struct Content<T> {
     generation: u32,
@@ -98,9 +103,13 @@ impl<C, T> Handles<C, T> {
         })?;
         let (block, within) = (usize::from(number) / BLOCK, usize::from(number) % BLOCK);
         let places = self.blocks[block].get_or_init(|| {
-            (0..BLOCK).map(|_| ReadWrite::new(Content { generation: 0, object: None })).collect()
+            let place = || Place {
+                content: ReadWrite::new(Content { generation: 0, object: None }),
+                ending: AtomicU32::new(0),
+            };
+            (0..BLOCK).map(|_| place()).collect()
         });
-        let mut content = places[within].write();
+        let mut content = places[within].content.write();
         content.generation = content.generation.wrapping_add(1).max(1);
         content.object = Some(object);
         let token = u64::from(content.generation) << 32
@@ -114,8 +123,11 @@ impl<C, T> Handles<C, T> {
     #[inline]
     pub(super) fn get(&self, handle: *const C) -> Result<Held<'_, T>, Failure> {
         let (place, generation, _) = self.place(handle)?;
+        if place.ending.load(Ordering::Relaxed) == generation {
+            return Err(self.gone());
+        }
         // Not behind a writer that waits: it may wait for a call that this one is made from.
-        let content = place.read_recursive();
+        let content = place.content.read_recursive();
         if content.generation != generation || content.object.is_none() {
             return Err(self.gone());
         }
@@ -125,8 +137,15 @@ impl<C, T> Handles<C, T> {
     /// Takes an object away from its handle, once the calls under way have returned.
     pub(super) fn take(&self, handle: *const C) -> Result<T, Failure> {
         let (place, generation, number) = self.place(handle)?;
+        {
+            let content = place.content.read_recursive();
+            let alive = content.generation == generation && content.object.is_some();
+            if !alive || place.ending.swap(generation, Ordering::Relaxed) == generation {
+                return Err(self.gone());
+            }
+        }
         let object = {
-            let mut content = place.write();
+            let mut content = place.content.write();
             if content.generation != generation { None } else { content.object.take() }
         };
         let object = object.ok_or_else(|| self.gone())?;
