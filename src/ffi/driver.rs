@@ -99,7 +99,7 @@ use vattn_verb::*;
 
 impl vattn_verb {
     /// The verb that a number stands for.
-    pub(super) fn named(name: &str, value: i32) -> crate::Result<Verb> {
+    pub(super) fn named(name: &str, value: i32) -> crate::error::Result<Verb> {
         args::choice(name, value, &Verb::ALL.map(|verb| (Self::from(verb), verb)))
     }
 }
@@ -463,7 +463,7 @@ pub unsafe extern "C" fn vattn_cuda_device_describe(
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_device(ordinal: u32) -> crate::Result<vattn_cuda_device> {
+fn cuda_device(ordinal: u32) -> crate::error::Result<vattn_cuda_device> {
     let devices = crate::driver::cuda::devices()?;
     let Some(device) = devices.iter().find(|device| device.ordinal == ordinal) else {
         return Err(args::invalid(format!(
