@@ -1059,8 +1059,8 @@ vattn_status vattn_geometry_layer(const vattn_geometry *geometry, uint32_t layer
 
 /// The `tile_tokens` that a cache of this model needs for a kernel by name, in all of its layers: see
 /// "Which kernel needs which tile" above. For several kernels take the least common multiple. A name that
-/// is not known fails with a text that lists those that are; `VATTN_INVALID_GEOMETRY` says that how far
-/// the kernel reads is not known for this model.
+/// is not known fails with a text that lists those that are, and so does one of which it is not known how
+/// far it reads for this model, both with `VATTN_INVALID_CONFIG`.
 ///
 /// # Safety
 /// - `kernel` is NULL, or ends with a NUL;

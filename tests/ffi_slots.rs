@@ -67,3 +67,36 @@ fn no_request_has_generation_0() {
         assert_eq!(step(cache, slot, 0), VATTN_OK);
     });
 }
+
+/// Later calls are refused at once, however many there are.
+#[test]
+fn destroying_waits_for_no_call_that_comes_later() {
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+    let stop = AtomicBool::new(false);
+    let start = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        with_cache(|cache, _| {
+            let number = cache.addr();
+            for _ in 0..6 {
+                let stop = &stop;
+                scope.spawn(move || {
+                    while !stop.load(SeqCst) {
+                        let mut string = std::ptr::null_mut();
+                        // SAFETY: a pointer can be written there; a handle may be any number.
+                        unsafe {
+                            let cache = std::ptr::without_provenance(number);
+                            let _ = vattn_cache_report_json(cache, &raw mut string);
+                            let _ = vattn_string_destroy(string);
+                        }
+                        if start.elapsed().as_secs() > 20 {
+                            break;
+                        }
+                    }
+                });
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        });
+        stop.store(true, SeqCst);
+    });
+    assert!(start.elapsed().as_secs() < 5, "it took {:?}", start.elapsed());
+}
