@@ -51,9 +51,11 @@ pub type vattn_log_callback =
     Option<unsafe extern "C" fn(user: *mut c_void, level: i32, target: *const c_char, text: *const c_char)>;
 
 #[derive(Clone, Copy)]
-struct Listener {
+pub(super) struct Listener {
     call: unsafe extern "C" fn(*mut c_void, i32, *const c_char, *const c_char),
     user: *mut c_void,
+    /// The least important level that it is told.
+    level: i32,
 }
 
 // SAFETY: `vattn_log_set` asks for a function and a pointer that every thread may use.
@@ -61,8 +63,8 @@ unsafe impl Send for Listener {}
 // SAFETY: likewise.
 unsafe impl Sync for Listener {}
 
-static LISTENER: ReadWrite<Option<Listener>> = ReadWrite::new(None);
-/// The least important level that is told.
+pub(super) static LISTENER: ReadWrite<Option<Listener>> = ReadWrite::new(None);
+/// The listener's level, for those who would tell it nothing.
 static LEVEL: AtomicI32 = AtomicI32::new(0);
 
 /// Has the process's messages told to `callback`, those of `level` and of more importance. It replaces the
@@ -82,12 +84,13 @@ pub unsafe extern "C" fn vattn_log_set(
 ) -> vattn_status {
     enter("vattn_log_set", || {
         let level = args::choice("level", level, &LEVELS.map(|level| (level, level)))?;
-        let listener = callback.map(|call| Listener { call, user });
+        let callback = callback.filter(|_| level != VATTN_LOG_OFF);
+        let listener = callback.map(|call| Listener { call, user, level: level.number() });
         if listener.is_some() {
             install()?;
         }
         let mut current = LISTENER.write();
-        LEVEL.store(if listener.is_some() { level.number() } else { 0 }, Ordering::Relaxed);
+        LEVEL.store(listener.map_or(0, |listener| listener.level), Ordering::Relaxed);
         *current = listener;
         Ok(())
     })
@@ -138,7 +141,8 @@ impl Subscriber for Teller {
         let level = number(*metadata.level());
         // Not behind a writer that waits: this thread may be inside of another event.
         let listener = LISTENER.read_recursive();
-        if let Some(Listener { call, user }) = *listener {
+        // Another one than at the time that the event was let in, perhaps.
+        if let Some(Listener { call, user, .. }) = listener.filter(|listener| level <= listener.level) {
             // SAFETY: `vattn_log_set` asked for a function that may be called with this pointer until
             // another is set, which waits for this lock; both strings live until it returns.
             call_back(|| unsafe { call(user, level, target.as_ptr(), text.as_ptr()) });
