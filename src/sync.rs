@@ -23,6 +23,12 @@ pub(crate) use std::{sync::atomic, thread};
 use std::time::Duration;
 
 pub(crate) use parking_lot::{Condvar, Mutex as Leaf};
+/// What those are made of, for what has to be set up anew after `fork`.
+#[cfg(all(unix, not(loom)))]
+pub(crate) use parking_lot::{
+    RawMutex as RawLeaf, RawRwLock as RawReadWrite,
+    lock_api::{RawMutex as RawLock, RawRwLock as RawSharedLock},
+};
 /// What many read and few change: the tables of the objects that C has. Held over all of the others.
 #[cfg(not(loom))]
 pub(crate) use parking_lot::{RwLock as ReadWrite, RwLockReadGuard as ReadGuard};
