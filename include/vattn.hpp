@@ -434,8 +434,11 @@ struct Listener {
 /// one before, which is not running any more when this returns. An empty function, or LogLevel::Off, tells
 /// nobody: call it so before what the function uses ends.
 ///
-/// Throws Unsupported where the program has a subscriber of its own for Rust's `tracing`.
+/// Throws Unsupported where the program has a subscriber of its own for Rust's `tracing`, Error of InCallback
+/// inside a log callback.
 inline void set_log(LogLevel level, LogFunction function) {
+    // Inside a log callback this throws: whoever holds the lock may wait for that callback's end.
+    detail::check(vattn_string_destroy(nullptr));
     detail::Listener& listener = detail::Listener::get();
     std::unique_ptr<LogFunction> next;
     if (function && level != LogLevel::Off) {

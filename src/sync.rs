@@ -23,6 +23,12 @@ pub(crate) use std::{sync::atomic, thread};
 use std::time::Duration;
 
 pub(crate) use parking_lot::{Condvar, Mutex as Leaf};
+/// What those are made of, for what has to be set up anew after `fork`.
+#[cfg(all(unix, not(loom)))]
+pub(crate) use parking_lot::{
+    RawMutex as RawLeaf, RawRwLock as RawReadWrite,
+    lock_api::{RawMutex as RawLock, RawRwLock as RawSharedLock},
+};
 /// What many read and few change: the tables of the objects that C has. Held over all of the others.
 #[cfg(not(loom))]
 pub(crate) use parking_lot::{RwLock as ReadWrite, RwLockReadGuard as ReadGuard};
@@ -124,7 +130,8 @@ impl<T, const RANK: u8> std::ops::DerefMut for Guard<'_, T, RANK> {
 impl<const RANK: u8> Listed<RANK> {
     fn new() -> Self {
         #[cfg(debug_assertions)]
-        HELD.with(|held| {
+        // During a thread's end the list may be gone already; then nothing can be checked.
+        let _ = HELD.try_with(|held| {
             let mut held = held.borrow_mut();
             assert!(
                 held.last().is_none_or(|last| *last < RANK),
@@ -152,7 +159,7 @@ impl<const RANK: u8> Drop for Listed<RANK> {
 /// Asserts, in debug builds, that this thread holds no lock above rank 0: called where the driver is.
 pub(crate) fn assert_unlocked() {
     #[cfg(debug_assertions)]
-    HELD.with(|held| {
+    let _ = HELD.try_with(|held| {
         let held = held.borrow();
         assert!(
             held.iter().all(|rank| *rank == 0),
@@ -270,6 +277,29 @@ mod tests {
         assert_unlocked();
         drop(high.lock());
         drop(low.lock());
+    }
+
+    #[test]
+    fn a_thread_that_is_ending_may_take_locks() {
+        struct Last(Ranked<(), 1>, std::sync::mpsc::Sender<()>);
+        impl Drop for Last {
+            fn drop(&mut self) {
+                drop(self.0.lock());
+                assert_unlocked();
+                self.1.send(()).unwrap();
+            }
+        }
+        std::thread_local! {
+            static LAST: std::cell::RefCell<Option<Last>> = const { std::cell::RefCell::new(None) };
+        }
+        let (done, ended) = std::sync::mpsc::channel();
+        // The list of locks is made after `LAST`, and so is gone before it.
+        let thread = std::thread::spawn(|| {
+            LAST.with(|last| *last.borrow_mut() = Some(Last(Ranked::new(()), done)));
+            drop(Ranked::<_, 1>::new(()).lock());
+        });
+        thread.join().unwrap();
+        ended.recv().unwrap();
     }
 
     #[test]

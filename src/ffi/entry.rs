@@ -125,7 +125,8 @@ pub(super) fn call_back(call: impl FnOnce()) {
     }
 }
 
-fn in_callback() -> bool {
+/// Whether this thread is inside a callback of the program's.
+pub(super) fn in_callback() -> bool {
     IN_CALLBACK.try_with(Cell::get).unwrap_or(false)
 }
 

@@ -16,11 +16,12 @@
 
 use std::ops::Deref;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::cache::vattn_cache;
 use super::driver::{DriverObject, vattn_driver};
 use super::entry::Failure;
+use super::fork;
 use super::geometry::vattn_geometry;
 use super::status::vattn_status::{
     VATTN_FORKED, VATTN_INVALID_ARGUMENT, VATTN_INVALID_HANDLE, VATTN_UNSUPPORTED,
@@ -44,11 +45,11 @@ pub(super) struct Handles<C, T> {
     kind: u8,
     name: &'static str,
     blocks: [OnceLock<Box<[Place<T>]>>; BLOCKS],
-    free: Leaf<Free>,
+    pub(super) free: Leaf<Free>,
     of: std::marker::PhantomData<fn(*const C)>,
 }
 
-struct Free {
+pub(super) struct Free {
     places: Vec<u16>,
     /// Places that were never used begin here.
     fresh: u32,
@@ -90,8 +91,10 @@ impl<C, T> Handles<C, T> {
 
     /// Keeps an object, and gives out a handle for it.
     pub(super) fn keep(&self, object: T) -> Result<*mut C, Failure> {
-        forks::watch()?;
-        let number = self.free.lock().take().ok_or_else(|| {
+        fork::watch()?;
+        // Held until the block is made as well: a fork waits for this lock, and so never sees half of one.
+        let mut free = self.free.lock();
+        let number = free.take().ok_or_else(|| {
             Failure::new(
                 VATTN_UNSUPPORTED,
                 format!(
@@ -106,11 +109,12 @@ impl<C, T> Handles<C, T> {
             let content = || ReadWrite::new(Content { generation: 0, object: None });
             (0..BLOCK).map(|_| Place { ended: AtomicU32::new(0), content: content() }).collect()
         });
+        drop(free);
         let mut content = places[within].content.write();
         content.generation = content.generation.wrapping_add(1).max(1);
         content.object = Some(object);
         let token = u64::from(content.generation) << 32
-            | u64::from(forks::count()) << 24
+            | u64::from(fork::count()) << 24
             | u64::from(number) << 8
             | u64::from(self.kind);
         Ok(std::ptr::without_provenance_mut(usize::from_le_bytes(token.to_le_bytes())))
@@ -157,7 +161,7 @@ impl<C, T> Handles<C, T> {
         if kind != self.kind {
             return Err(self.never(handle));
         }
-        if forks != forks::count() {
+        if forks != fork::count() {
             return Err(self.of_parent());
         }
         let (block, within) = (usize::from(number) / BLOCK, usize::from(number) % BLOCK);
@@ -203,37 +207,5 @@ impl Free {
             self.fresh += 1;
             Some(place)
         })
-    }
-}
-
-/// How many forks lie between the process that first loaded this library and this one.
-mod forks {
-    use super::*;
-
-    static COUNT: AtomicU8 = AtomicU8::new(0);
-
-    #[inline]
-    pub(super) fn count() -> u8 {
-        COUNT.load(Ordering::Relaxed)
-    }
-
-    /// Sees to it that a child knows that it is one.
-    #[cfg(unix)]
-    pub(super) fn watch() -> Result<(), Failure> {
-        static WATCHED: OnceLock<i32> = OnceLock::new();
-        unsafe extern "C" fn in_child() {
-            COUNT.fetch_add(1, Ordering::Relaxed);
-        }
-        // SAFETY: the function does nothing but add to an atomic, which a child may do.
-        let watched = WATCHED.get_or_init(|| unsafe { libc::pthread_atfork(None, None, Some(in_child)) });
-        if *watched == 0 {
-            return Ok(());
-        }
-        Err(Failure::new(VATTN_UNSUPPORTED, "pthread_atfork has no memory left; free some"))
-    }
-
-    #[cfg(not(unix))]
-    pub(super) fn watch() -> Result<(), Failure> {
-        Ok(())
     }
 }

@@ -33,6 +33,7 @@ pub extern "C" fn vattn_version() -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vattn_probe_json(out: *mut *mut c_char) -> vattn_status {
     enter("vattn_probe_json", || {
+        super::fork::watch()?;
         // SAFETY: as the caller promises.
         let out = unsafe { args::out("out", out) }?;
         let probe = serde_json::json!({
@@ -63,7 +64,7 @@ fn cuda() -> serde_json::Value {
 }
 
 /// The strings that C has, by their addresses: one that is given back twice is known for it.
-static STRINGS: Leaf<BTreeMap<usize, CString>> = Leaf::new(BTreeMap::new());
+pub(super) static STRINGS: Leaf<BTreeMap<usize, CString>> = Leaf::new(BTreeMap::new());
 
 /// Keeps a text for C.
 pub(super) fn keep_text(mut text: String) -> *mut c_char {

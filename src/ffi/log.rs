@@ -14,9 +14,13 @@ use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
 
 use super::args::{self, Numbered as _};
+#[cfg(unix)]
+use super::entry::in_callback;
 use super::entry::{Failure, call_back, enter};
 use super::status::vattn_status::{self, VATTN_UNSUPPORTED};
-use crate::sync::ReadWrite;
+use crate::sync::{Leaf, ReadWrite};
+#[cfg(unix)]
+use crate::sync::{RawReadWrite, RawSharedLock as _};
 
 /// How much a message matters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,9 +55,11 @@ pub type vattn_log_callback =
     Option<unsafe extern "C" fn(user: *mut c_void, level: i32, target: *const c_char, text: *const c_char)>;
 
 #[derive(Clone, Copy)]
-struct Listener {
+pub(super) struct Listener {
     call: unsafe extern "C" fn(*mut c_void, i32, *const c_char, *const c_char),
     user: *mut c_void,
+    /// The least important level that it is told.
+    level: i32,
 }
 
 // SAFETY: `vattn_log_set` asks for a function and a pointer that every thread may use.
@@ -61,8 +67,11 @@ unsafe impl Send for Listener {}
 // SAFETY: likewise.
 unsafe impl Sync for Listener {}
 
-static LISTENER: ReadWrite<Option<Listener>> = ReadWrite::new(None);
-/// The least important level that is told.
+pub(super) static LISTENER: ReadWrite<Option<Listener>> = ReadWrite::new(None);
+/// Held while it is written, and nowhere else: a fork waits for this, so a child finds a whole one. It can't
+/// wait for the other, which is held while a callback runs, and a callback may fork.
+pub(super) static CHANGING: Leaf<()> = Leaf::new(());
+/// The listener's level, for those who would tell it nothing.
 static LEVEL: AtomicI32 = AtomicI32::new(0);
 
 /// Has the process's messages told to `callback`, those of `level` and of more importance. It replaces the
@@ -82,15 +91,32 @@ pub unsafe extern "C" fn vattn_log_set(
 ) -> vattn_status {
     enter("vattn_log_set", || {
         let level = args::choice("level", level, &LEVELS.map(|level| (level, level)))?;
-        let listener = callback.map(|call| Listener { call, user });
+        super::fork::watch()?;
+        let callback = callback.filter(|_| level != VATTN_LOG_OFF);
+        let listener = callback.map(|call| Listener { call, user, level: level.number() });
         if listener.is_some() {
             install()?;
         }
         let mut current = LISTENER.write();
-        LEVEL.store(if listener.is_some() { level.number() } else { 0 }, Ordering::Relaxed);
+        let _whole = CHANGING.lock();
+        LEVEL.store(listener.map_or(0, |listener| listener.level), Ordering::Relaxed);
         *current = listener;
         Ok(())
     })
+}
+
+/// Frees the lock of those who were told while `fork` was called: they are not there in the child. Where a
+/// callback called it, this thread goes on to hold it.
+///
+/// # Safety
+/// - there is no other thread, and none was changing the listener.
+#[cfg(unix)]
+pub(super) unsafe fn in_child() {
+    // SAFETY: nobody else uses it, and what it is made of may change behind a shared reference.
+    unsafe { std::ptr::from_ref(LISTENER.raw()).cast_mut().write(RawReadWrite::INIT) };
+    if in_callback() {
+        std::mem::forget(LISTENER.read_recursive());
+    }
 }
 
 fn install() -> Result<(), Failure> {
@@ -138,7 +164,8 @@ impl Subscriber for Teller {
         let level = number(*metadata.level());
         // Not behind a writer that waits: this thread may be inside of another event.
         let listener = LISTENER.read_recursive();
-        if let Some(Listener { call, user }) = *listener {
+        // Another one than at the time that the event was let in, perhaps.
+        if let Some(Listener { call, user, .. }) = listener.filter(|listener| level <= listener.level) {
             // SAFETY: `vattn_log_set` asked for a function that may be called with this pointer until
             // another is set, which waits for this lock; both strings live until it returns.
             call_back(|| unsafe { call(user, level, target.as_ptr(), text.as_ptr()) });

@@ -12,6 +12,7 @@
 //! |---|---|
 //! | `entry.rs` | what every function passes: a panic stops here, a failure becomes a status |
 //! | `handle.rs` | which objects there are, and whether a handle is one of them |
+//! | `fork.rs` | what a child of `fork` finds |
 //! | `args.rs` | how pointers, arrays, strings, numbers and sized structs are read and written |
 //! | `status.rs` | which statuses there are; the last error |
 //! | `library.rs` | versions, what this machine offers, strings |
@@ -32,6 +33,7 @@ mod cache;
 mod config;
 mod driver;
 mod entry;
+mod fork;
 mod geometry;
 mod handle;
 mod layout;

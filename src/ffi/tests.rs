@@ -268,6 +268,9 @@ fn the_log_is_told_and_may_not_call_back() {
         ok(vattn_log_set(Some(listen), (&raw const told).cast_mut().cast(), info));
         let rig = Rig::new();
         ok(vattn_cache_destroy(rig.cache));
+        // It is not kept to be told nothing: an event that was let in before could still be told to it.
+        ok(vattn_log_set(Some(listen), null_mut(), vattn_log_level::VATTN_LOG_OFF.number()));
+        assert!(super::log::LISTENER.read().is_none());
         ok(vattn_log_set(None, null_mut(), info));
         let rig = Rig::new();
         ok(vattn_cache_destroy(rig.cache));

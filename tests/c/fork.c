@@ -1,6 +1,8 @@
 /* After fork: the parent's objects are refused in the child, which makes its own; the parent goes on. */
+#include <pthread.h>
 #include <sys/types.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "every.h"
@@ -73,6 +75,124 @@ static void child(const world *parents, vattn_slot_tokens entry, char *text) {
     end();
 }
 
+static void nap(void) {
+    const struct timespec millisecond = {0, 1000000};
+    nanosleep(&millisecond, NULL);
+}
+
+static bool is_set(bool *flag) {
+    return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+
+static void set(bool *flag) {
+    __atomic_store_n(flag, true, __ATOMIC_RELEASE);
+}
+
+static void *makes_and_destroys(void *done) {
+    const vattn_layers layers = {1, 1, 64, 64};
+    while (!is_set((bool *)done)) {
+        vattn_geometry *geometry = NULL;
+        CHECK_OK(vattn_geometry_create(&layers, 1, 1, VATTN_DTYPE_F16, &geometry));
+        CHECK_OK(vattn_geometry_destroy(geometry));
+    }
+    return NULL;
+}
+
+/* A child finds no lock held by a thread that it does not have: it would wait for it until it is ended. */
+static void while_others_make_objects(void) {
+    pthread_t threads[3];
+    bool done = false;
+    for (size_t at = 0; at < 3; at++) CHECK(pthread_create(&threads[at], NULL, makes_and_destroys, &done) == 0);
+    for (int forks = 0; forks < 60; forks++) {
+        const vattn_layers layers = {1, 1, 64, 64};
+        vattn_geometry *geometry = NULL;
+        pid_t next = fork();
+        if (next == 0) {
+            alarm(60);
+            check_passed = check_failed = 0;
+            CHECK_OK(vattn_geometry_create(&layers, 1, 1, VATTN_DTYPE_F16, &geometry));
+            CHECK_OK(vattn_geometry_destroy(geometry));
+            end();
+        }
+        wait_for(next);
+    }
+    set(&done);
+    for (size_t at = 0; at < 3; at++) CHECK(pthread_join(threads[at], NULL) == 0);
+}
+
+/* What a callback that is held up tells of itself, and waits for. */
+typedef struct {
+    bool inside;
+    bool go;
+} held_up;
+
+static void holds_up(void *user, int32_t level, const char *target, const char *text) {
+    held_up *held = (held_up *)user;
+    (void)level, (void)target, (void)text;
+    set(&held->inside);
+    while (!is_set(&held->go)) nap();
+}
+
+static void *makes_a_world(void *none) {
+    world one;
+    world_make(&one, VATTN_BACKGROUND_OFF);
+    world_end(&one);
+    return none;
+}
+
+/* A callback that runs on another thread of the parent is waited for by nobody in the child. */
+static void while_a_callback_runs(void) {
+    held_up held = {false, false};
+    pthread_t thread;
+    pid_t next;
+    CHECK_OK(vattn_log_set(holds_up, &held, VATTN_LOG_TRACE));
+    CHECK(pthread_create(&thread, NULL, makes_a_world, NULL) == 0);
+    while (!is_set(&held.inside)) nap();
+    next = fork();
+    if (next == 0) {
+        alarm(60);
+        check_passed = check_failed = 0;
+        CHECK_OK(vattn_log_set(NULL, NULL, VATTN_LOG_OFF));
+        makes_a_world(NULL);
+        end();
+    }
+    wait_for(next);
+    set(&held.go);
+    CHECK_OK(vattn_log_set(NULL, NULL, VATTN_LOG_OFF));
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
+static void forks(void *user, int32_t level, const char *target, const char *text) {
+    pid_t *child = (pid_t *)user;
+    (void)level, (void)target, (void)text;
+    if (*child == -1) *child = fork();
+}
+
+/* A callback may fork: it returns in both processes, and both can change the callback afterwards. */
+static void from_a_callback(void) {
+    pid_t next = -1;
+    vattn_cache *cache = NULL;
+    vattn_config config;
+    world made;
+    world_make(&made, VATTN_BACKGROUND_OFF);
+    CHECK_OK(vattn_config_init(&config, sizeof config));
+    config.max_slots = 2;
+    config.max_tokens = 1024;
+    config.background = VATTN_BACKGROUND_OFF;
+    CHECK_OK(vattn_log_set(forks, &next, VATTN_LOG_TRACE));
+    CHECK_OK(vattn_cache_create(&config, made.geometry, made.driver, &cache));
+    CHECK_OK(vattn_log_set(NULL, NULL, VATTN_LOG_OFF));
+    if (next == 0) {
+        alarm(60);
+        CHECK_OK(vattn_cache_destroy(cache));
+        makes_a_world(NULL);
+        end();
+    }
+    wait_for(next);
+    CHECK_OK(vattn_cache_destroy(cache));
+    world_end(&made);
+}
+
 int main(void) {
     world made;
     vattn_slot_tokens entry, many;
@@ -94,5 +214,8 @@ int main(void) {
     world_read(made.cache, 1, entry);
     some_work(&made, 5);
     world_end(&made);
+    while_others_make_objects();
+    while_a_callback_runs();
+    from_a_callback();
     return check_end();
 }

@@ -1,6 +1,7 @@
 /* Log callbacks: who is told what, what they may throw, and that one which was replaced is left alone. */
 #include "check.hpp"
 
+#include <chrono>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -57,6 +58,20 @@ int main() {
     vattn::set_log(LogLevel::Off, [&](LogLevel, const char*, const char*) { sound = false; });
     make_a_cache();
     CHECK(sound);
+
+    // Nor may it set another, which is refused and not waited for while somebody else sets one.
+    std::atomic<bool> inside{false}, tried{false};
+    vattn::set_log(LogLevel::Trace, [&](LogLevel, const char*, const char*) {
+        if (inside.exchange(true)) return;
+        std::this_thread::sleep_for(std::chrono::milliseconds(200));
+        THROWS(Error, InCallback, "inside a log callback", vattn::clear_log());
+        tried = true;
+    });
+    std::thread speaker(make_a_cache);
+    while (!inside) std::this_thread::yield();
+    vattn::clear_log();
+    CHECK(tried);
+    speaker.join();
 
     std::vector<std::thread> threads;
     for (int i = 0; i < 4; ++i) {
