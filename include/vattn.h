@@ -29,8 +29,8 @@
  *   keeps its meaning in every later version.
  * - Sizes are in bytes, lengths in tokens, strides in elements, and the names say which where it could be
  *   either.
- * - No function ends the process. A defect of the library comes back as VATTN_PANIC; the cache that was
- *   being worked on has failed from then on, and says so in every call.
+ * - No function ends the process, unless the heap has no memory left at all. A defect of the library comes
+ *   back as VATTN_PANIC; the cache that was being worked on has failed from then on, and says so in every call.
  *
  * A FIRST PROGRAM
  *
@@ -572,7 +572,7 @@ typedef int32_t vattn_health;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-/// A KV cache. Any thread may call any function on it at any time, but for the one that destroys it.
+/// A KV cache. Any thread may call any function on it at any time.
 typedef struct vattn_cache vattn_cache;
 
 /// Whoever maps memory. A cache keeps the driver that it was made with alive, and several caches may
@@ -1215,7 +1215,7 @@ vattn_status vattn_cache_destroy(vattn_cache *cache);
 /// adopted whose memory suits that best. What an earlier owner of the memory left running is waited for
 /// here: where the request's work runs on a stream, `vattn_cache_acquire_on` makes the device wait instead.
 ///
-/// Fails with `VATTN_NO_FREE_SLOT`. Nothing is changed.
+/// Fails with `VATTN_NO_FREE_SLOT`, `VATTN_UNHEALTHY`, or the driver's refusal of a wait. Nothing is changed.
 ///
 /// # Safety
 /// - `out` is NULL, or a `vattn_slot` can be written there.
@@ -1225,8 +1225,8 @@ vattn_status vattn_cache_acquire(const vattn_cache *cache, uint64_t hint, vattn_
 /// is CUDA's legacy default stream). What an earlier owner left running on another stream is waited for
 /// there, on the device.
 ///
-/// Fails with `VATTN_NO_FREE_SLOT`, `VATTN_CAPTURING_STREAM`, or the driver's refusal of a wait. Nothing is
-/// changed.
+/// Fails with `VATTN_NO_FREE_SLOT`, `VATTN_CAPTURING_STREAM`, `VATTN_UNHEALTHY`, or the driver's refusal of a
+/// wait. Nothing is changed.
 ///
 /// # Safety
 /// - `stream` is one of CUDA's own (NULL, 1, 2), or alive and of the context that the driver works in;
@@ -1255,7 +1255,7 @@ vattn_status vattn_cache_step(const vattn_cache *cache, const vattn_slot_tokens 
 ///
 /// # Safety
 /// - `entries` is NULL, or `count` of them can be read there;
-/// - `out` is NULL, or `count` values can be written there.
+/// - `out` is NULL, or `count` values can be written there, apart from `entries`.
 vattn_status vattn_cache_fits(const vattn_cache *cache,
                               const vattn_slot_tokens *entries,
                               size_t count,
@@ -1463,7 +1463,7 @@ vattn_status vattn_driver_calls(const vattn_driver *driver,
                                 uint64_t *out_failed);
 
 /// What is alive of a driver's: extents, mappings, reservations and events that nobody has given back. All
-/// are 0 once every cache of it is destroyed.
+/// are 0 once every cache of it is destroyed, but for what a planned failure kept it from giving back.
 ///
 /// Fails with `VATTN_UNSUPPORTED` for a driver that `vattn_driver_create_checked` did not make.
 ///
@@ -1472,7 +1472,9 @@ vattn_status vattn_driver_calls(const vattn_driver *driver,
 vattn_status vattn_driver_live(const vattn_driver *driver, vattn_live *out);
 
 /// Holds a stream back: fences that are recorded on it from now on fire when `vattn_driver_fire` says so.
-/// For host and ledger drivers, on which any number may name a stream and fences otherwise fire at once.
+/// For host and ledger drivers, on which any number may name a stream and fences otherwise fire at once. Fire
+/// it before the driver's handle is given up: whoever waits for such a fence, a cache that is destroyed among
+/// them, waits until then.
 ///
 /// Fails with `VATTN_UNSUPPORTED` for another driver.
 ///

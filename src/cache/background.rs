@@ -153,7 +153,7 @@ impl Core {
         Mapper::spawn(NAME, turn, panicked).map_err(|error| {
             Error::new(
                 ErrorKind::Unsupported,
-                format!("the thread {NAME} could not be started: {error}; allow one more, or choose Background::Caller"),
+                format!("the thread {NAME} could not be started: {error}; allow one more, or leave the background's work to the caller"),
             )
         })
     }
@@ -168,8 +168,11 @@ impl Core {
             return self.noted(Err(Error::new(
                 ErrorKind::InvalidArgument,
                 format!(
-                    "tend is for a cache made with Background::Caller, and this one has {:?}; there is nothing to call here",
-                    self.config.background()
+                    "tend is for a cache whose background's work is left to the caller, and here {}; there is nothing to call",
+                    match self.config.background() {
+                        Background::Off => "there is none",
+                        _ => "a thread does it",
+                    }
                 ),
             )));
         }

@@ -209,7 +209,7 @@ impl Core {
         }
         let error = Error::new(
             ErrorKind::Unhealthy,
-            "the cache has failed, and all that it held is gone: drop it and make a new one, in a new process if a kernel \
+            "the cache has failed, and all that it held is gone: give it up and make a new one, in a new process if a kernel \
              faulted or the device was lost",
         );
         Err(match self.why_failed() {

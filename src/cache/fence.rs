@@ -54,7 +54,7 @@ pub(super) fn record(driver: &DriverHandle, fences: &[Fence]) -> Result<Vec<slot
     if fences.is_empty() {
         return Err(Error::new(
             ErrorKind::InvalidArgument,
-            "no fence is given; name every stream that touched the memory, or say Fence::Idle if none is running",
+            "no fence is given; name every stream that touched the memory, or give an idle fence if none is running",
         ));
     }
     let mut recorded = Vec::new();

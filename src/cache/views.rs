@@ -46,7 +46,7 @@ impl Core {
             let error = if layer < layers {
                 format!("layer {layer} keeps a latent and has no values; its keys are the latent")
             } else {
-                format!("there is no layer {layer} ({part:?}): the model has {layers}, numbered from 0")
+                format!("layer {layer} has no {part}s: the model has {layers} layers, numbered from 0")
             };
             return self.noted(Err(Error::new(ErrorKind::InvalidArgument, error)));
         };

@@ -14,7 +14,7 @@ use crate::driver::{RawEvent, Stream};
 use crate::error::Result;
 use crate::units::{Bytes, SlotId, TokenCount};
 
-/// A KV cache. Any thread may call any function on it at any time, but for the one that destroys it.
+/// A KV cache. Any thread may call any function on it at any time.
 #[derive(Debug)]
 pub struct vattn_cache {
     _opaque: [u8; 0],
@@ -215,7 +215,7 @@ pub unsafe extern "C" fn vattn_cache_destroy(cache: *mut vattn_cache) -> vattn_s
 /// adopted whose memory suits that best. What an earlier owner of the memory left running is waited for
 /// here: where the request's work runs on a stream, `vattn_cache_acquire_on` makes the device wait instead.
 ///
-/// Fails with `VATTN_NO_FREE_SLOT`. Nothing is changed.
+/// Fails with `VATTN_NO_FREE_SLOT`, `VATTN_UNHEALTHY`, or the driver's refusal of a wait. Nothing is changed.
 ///
 /// # Safety
 /// - `out` is NULL, or a `vattn_slot` can be written there.
@@ -237,8 +237,8 @@ pub unsafe extern "C" fn vattn_cache_acquire(
 /// is CUDA's legacy default stream). What an earlier owner left running on another stream is waited for
 /// there, on the device.
 ///
-/// Fails with `VATTN_NO_FREE_SLOT`, `VATTN_CAPTURING_STREAM`, or the driver's refusal of a wait. Nothing is
-/// changed.
+/// Fails with `VATTN_NO_FREE_SLOT`, `VATTN_CAPTURING_STREAM`, `VATTN_UNHEALTHY`, or the driver's refusal of a
+/// wait. Nothing is changed.
 ///
 /// # Safety
 /// - `stream` is one of CUDA's own (NULL, 1, 2), or alive and of the context that the driver works in;
@@ -290,7 +290,7 @@ pub unsafe extern "C" fn vattn_cache_step(
 ///
 /// # Safety
 /// - `entries` is NULL, or `count` of them can be read there;
-/// - `out` is NULL, or `count` values can be written there.
+/// - `out` is NULL, or `count` values can be written there, apart from `entries`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vattn_cache_fits(
     cache: *const vattn_cache,

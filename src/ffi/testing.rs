@@ -113,7 +113,7 @@ pub unsafe extern "C" fn vattn_driver_calls(
 }
 
 /// What is alive of a driver's: extents, mappings, reservations and events that nobody has given back. All
-/// are 0 once every cache of it is destroyed.
+/// are 0 once every cache of it is destroyed, but for what a planned failure kept it from giving back.
 ///
 /// Fails with `VATTN_UNSUPPORTED` for a driver that `vattn_driver_create_checked` did not make.
 ///
@@ -154,7 +154,9 @@ pub struct vattn_live {
 }
 
 /// Holds a stream back: fences that are recorded on it from now on fire when `vattn_driver_fire` says so.
-/// For host and ledger drivers, on which any number may name a stream and fences otherwise fire at once.
+/// For host and ledger drivers, on which any number may name a stream and fences otherwise fire at once. Fire
+/// it before the driver's handle is given up: whoever waits for such a fence, a cache that is destroyed among
+/// them, waits until then.
 ///
 /// Fails with `VATTN_UNSUPPORTED` for another driver.
 ///

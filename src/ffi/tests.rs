@@ -306,3 +306,45 @@ fn counts_that_overflow_are_refused() {
         ok(vattn_cache_destroy(rig.cache));
     }
 }
+
+#[test]
+fn no_text_for_c_has_words_of_rust() {
+    // Refusals of all kinds that the library words itself, as far as they need no device.
+    let rig = Rig::new();
+    let slot = rig.acquire();
+    let mut more = false;
+    let mut view = MaybeUninit::<vattn_view>::uninit();
+    let mut other = null_mut();
+    let hybrid = c"{\"num_hidden_layers\": 2, \"num_attention_heads\": 1, \"head_dim\": 64, \
+                   \"layer_types\": [\"linear_attention\", \"full_attention\"]}";
+    let mut texts = Vec::new();
+    let mut refused = |status: vattn_status| {
+        assert_ne!(status, vattn_status::VATTN_OK);
+        texts.push(message());
+    };
+    // SAFETY: all pointers are to living values.
+    unsafe {
+        refused(vattn_cache_retire(rig.cache, slot, null(), 0));
+        refused(vattn_cache_tend(rig.cache, &raw mut more));
+        refused(vattn_cache_truncate(rig.cache, slot, 7, null(), 0));
+        refused(vattn_cache_view(rig.cache, 9, 0, view.as_mut_ptr()));
+        refused(vattn_cache_view(rig.cache, 9, 1, view.as_mut_ptr()));
+        refused(vattn_geometry_create_from_hf_config(hybrid.as_ptr(), 1, 0, &raw mut other));
+        for (slots, layout) in
+            [(0, vattn_layout_kind::VATTN_LAYOUT_SLICED), (1, vattn_layout_kind::VATTN_LAYOUT_GROUPED)]
+        {
+            let mut config = config();
+            (config.max_slots, config.layout) = (slots, layout.number());
+            let (geometry, mut layout) = (geometry(), MaybeUninit::<vattn_layout>::zeroed());
+            (*layout.as_mut_ptr()).struct_size = size_of::<vattn_layout>();
+            refused(vattn_layout_plan(&raw const config, geometry, 4096, layout.as_mut_ptr()));
+            ok(vattn_geometry_destroy(geometry));
+        }
+        rig.checked.fail_call(1, ErrorKind::DeviceLost);
+        refused(rig.step(slot, 100));
+        refused(rig.step(slot, 100));
+        ok(vattn_cache_destroy(rig.cache));
+    }
+    let rust = |text: &&String| text.contains("::") || text.contains("drop it") || text.contains("Some(");
+    assert_eq!(texts.iter().find(rust), None);
+}

@@ -411,14 +411,18 @@ impl ConfigBuilder {
             ("page_tokens", u64::from(config.page_tokens), "16"),
             ("tile_tokens", u64::from(config.tile_tokens), "1 where kernels keep to the lengths"),
             ("slack_divisor", u64::from(config.slack_divisor), "32, or a large number for no slack"),
-            ("budget", config.budget.map_or(1, Bytes::get), "none for what the driver says is free"),
+            (
+                "budget",
+                config.budget.map_or(1, Bytes::get),
+                "no number of your own for what the driver says is free",
+            ),
         ];
         if let Some((name, _, cure)) = floors.into_iter().find(|&(_, value, _)| value == 0) {
             return Err(invalid(format!("{name} is 0; at least 1 is needed: use {cure}")));
         }
         if config.layout.kind == LayoutKind::Grouped(0) {
             return Err(invalid(
-                "a layout of 0 layers a tensor holds nothing; at least 1 is needed: use grouped:1, or per-layer",
+                "a layout of 0 layers a tensor holds nothing; at least 1 is needed: use 1, or a layout per layer",
             ));
         }
         if config.max_slots > Config::MAX_SLOTS {
@@ -522,7 +526,7 @@ mod tests {
             (builder().tile_tokens(0), "tile_tokens"),
             (builder().slack_divisor(0), "slack_divisor"),
             (builder().budget(Bytes::ZERO), "budget"),
-            (builder().layout(LayoutKind::Grouped(0)), "grouped:1"),
+            (builder().layout(LayoutKind::Grouped(0)), "per layer"),
             (builder().commit(Commit::UpFront(Vec::new())), "0 extents"),
             (builder().commit(Commit::UpFront(vec![(class, u64::MAX)])), "2^64 granules"),
         ] {

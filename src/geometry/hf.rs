@@ -193,7 +193,7 @@ impl<'json> Fields<'json> {
 
     /// Refuses a model of which some layers keep something else than the common fields say.
     fn refuse_other_layers(&self, layers: u32) -> Result<()> {
-        const CURE: &str = "describe the layers that keep one with Geometry::new";
+        const CURE: &str = "describe the layers that keep one by their dimensions";
         let kinds = match self.get("layer_types") {
             Some((Value::Array(kinds), _)) => kinds.as_slice(),
             _ => &[],

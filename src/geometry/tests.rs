@@ -158,7 +158,7 @@ fn a_configuration_that_cannot_be_read_says_what_it_lacks() {
         ),
         (
             r#"{"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]}"#,
-            &["layer 1", "\"linear_attention\"", "Geometry::new"],
+            &["layer 1", "\"linear_attention\"", "by their dimensions"],
         ),
         (
             r#"{"num_hidden_layers": 2, "text_config": {"num_kv_shared_layers": 1}}"#,

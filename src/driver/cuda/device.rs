@@ -59,10 +59,10 @@ impl CudaDevice {
             return lack("virtual memory management", "use another device, or the host driver");
         }
         if options.exportable && !self.exportable {
-            return lack("handles that a file descriptor exports", "leave HandleOptions::exportable unset");
+            return lack("handles that a file descriptor exports", "leave the option exportable unset");
         }
         if options.rdma && !self.rdma {
-            return lack("RDMA to virtual memory", "leave HandleOptions::rdma unset");
+            return lack("RDMA to virtual memory", "leave the option rdma unset");
         }
         Ok(())
     }
@@ -184,7 +184,7 @@ mod tests {
         device().check(HandleOptions::default()).unwrap();
         let refused = |device: &CudaDevice, options| device.check(options).unwrap_err().to_string();
         let exportable = HandleOptions { exportable: true, rdma: false };
-        assert!(refused(&device(), exportable).contains("HandleOptions::exportable"));
+        assert!(refused(&device(), exportable).contains("option exportable"));
         let rdma = HandleOptions { exportable: false, rdma: true };
         assert!(refused(&device(), rdma).contains("device 1 (NVIDIA Test) has no RDMA"));
         let old = CudaDevice { virtual_memory: false, ..device() };

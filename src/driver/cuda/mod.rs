@@ -150,7 +150,7 @@ impl Cuda {
         if !self.info.options.exportable {
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                "handles of this driver can't be exported; make it with HandleOptions::exportable",
+                "handles of this driver can't be exported; make it with the option exportable",
             ));
         }
         let mut fd: i32 = -1;
