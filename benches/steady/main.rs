@@ -11,7 +11,7 @@
 //! | `step beside parked` | the same beside 16 … 16,384 parked slots | 1.5 µs, flat |
 //! | `adopt` | a request takes over a parked slot that holds enough for it | 5 µs, flat |
 //! | `own time per mapping` | a step that maps, less the time inside the driver, by mapping | 1 µs, flat |
-//! | `step through C` | 1 … 1,024 requests gain a token each: through Rust and through the C ABI | 50 ns more |
+//! | `step through C` | a step of 1 … 1,024 requests in which nothing is mapped, through Rust and through the C ABI | 50 ns more |
 //!
 //! The model is Llama-3-8B with all layers in one tensor, K and V apart. The driver is the one that
 //! keeps books and maps nothing, so that 16,384 slots of memory fit any machine; what is timed is the
