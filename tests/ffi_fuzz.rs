@@ -72,7 +72,7 @@ fn table(tally: &Tally) {
 
 #[test]
 fn nothing_that_c_can_ask_for_ends_badly() {
-    let amount = setting("VATTN_FUZZ_CALLS", 12_000);
+    let amount = setting("VATTN_FUZZ_CALLS", 60_000);
     let first = setting("VATTN_FUZZ_SEED", 0);
     for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGABRT] {
         let handler: extern "C" fn(i32) = on_signal;
@@ -125,8 +125,9 @@ fn nothing_that_c_can_ask_for_ends_badly() {
     }
     let after = process();
     assert_eq!(after[..3], before[..3], "descriptors, threads, mappings of memory files");
-    assert!(after[3] <= before[3] + 64, "kernel mappings: {before:?}, then {after:?}");
-    if calls >= 10_000 {
+    // The allocator and a sanitizer keep some for themselves.
+    assert!(after[3] <= before[3] + 256, "kernel mappings: {before:?}, then {after:?}");
+    if calls >= 50_000 {
         let known = functions();
         assert!(known.len() >= 55, "{} functions were found in the header", known.len());
         let missed: Vec<_> = known.iter().filter(|name| !tally.contains_key(name.as_str())).collect();
