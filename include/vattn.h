@@ -800,6 +800,32 @@ typedef struct {
     uint64_t virtual_size;
 } vattn_layout;
 
+/// One tensor: a range of addresses, as whoever registers memory with a network card wants it.
+typedef struct {
+    /// `sizeof(vattn_tensor)`, set by the caller.
+    size_t struct_size;
+    /// Where it begins. Never changes while the cache lives.
+    void *data;
+    /// Bytes of addresses, of all slots together. What no step has asked for has no memory behind it.
+    uint64_t size;
+    /// Bytes from one slot to the next: a multiple of the granule.
+    uint64_t slot_stride;
+    /// Bytes that one token takes in it, without padding: what all of its layers keep, one after another.
+    uint64_t token_bytes;
+    /// The first of the model's layers that lie in it.
+    uint32_t first_layer;
+    /// How many layers lie in it.
+    uint32_t layers;
+    /// 1 where it holds keys, or latents.
+    uint32_t has_keys;
+    /// 1 where it holds values.
+    uint32_t has_values;
+    /// A `vattn_device_type`.
+    int32_t device_type;
+    /// The device's number; 0 for the processor.
+    int32_t device_id;
+} vattn_tensor;
+
 /// A layer's keys or values as a strided array of four dimensions, the way kernels and DLPack take it.
 ///
 /// Element `[i, j, h, d]` lies `i * strides[0] + j * strides[1] + h * strides[2] + d` elements behind
@@ -1155,6 +1181,12 @@ vattn_status vattn_layout_plan(const vattn_config *config,
 /// # Safety
 /// - `out` is NULL, or points to a `vattn_layout` of which `struct_size` is set.
 vattn_status vattn_cache_layout(const vattn_cache *cache, vattn_layout *out);
+
+/// One of the tensors, counted from 0 to `vattn_layout.tensors`.
+///
+/// # Safety
+/// - `out` is NULL, or points to a `vattn_tensor` of which `struct_size` is set.
+vattn_status vattn_cache_tensor(const vattn_cache *cache, uint32_t tensor, vattn_tensor *out);
 
 /// Bytes that a slot of so many tokens takes at the least, in whole granules over all tensors, tiles
 /// included: for schedulers.

@@ -206,6 +206,8 @@ using Layers = vattn_layers;
 using Extents = vattn_extents;
 /// How a cache's tensors lie.
 using Layout = vattn_layout;
+/// One tensor: a range of addresses, as whoever registers memory with a network card wants it.
+using Tensor = vattn_tensor;
 /// How much memory is used for what, in bytes.
 using Bytes = vattn_bytes;
 /// Everything that a cache counts. `health` is the number of a Health.
@@ -1262,6 +1264,13 @@ public:
         auto layout = detail::sized<Layout>();
         detail::check(vattn_cache_layout(get(), &layout));
         return layout;
+    }
+
+    /// One of the tensors, counted from 0 to `layout().tensors`. Throws InvalidArgument past the last.
+    [[nodiscard]] Tensor tensor(std::uint32_t number) const {
+        auto tensor = detail::sized<Tensor>();
+        detail::check(vattn_cache_tensor(get(), number, &tensor));
+        return tensor;
     }
 
     /// Bytes that a slot of so many tokens takes at the least, in whole granules over all tensors, tiles

@@ -12,7 +12,7 @@ use crate::cache::{KvCache, TensorView};
 use crate::error::Result;
 use crate::geometry::Config;
 use crate::layout::{Layout, Part};
-use crate::units::{Bytes, Device, GranuleSize, TokenCount};
+use crate::units::{Bytes, Device, GranuleSize, TokenCount, index};
 
 /// No slot: what `spare_slot` says where there is none.
 pub const VATTN_NO_SLOT: u32 = u32::MAX;
@@ -73,7 +73,36 @@ pub struct vattn_layout {
     pub virtual_size: u64,
 }
 
+/// One tensor: a range of addresses, as whoever registers memory with a network card wants it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct vattn_tensor {
+    /// `sizeof(vattn_tensor)`, set by the caller.
+    pub struct_size: usize,
+    /// Where it begins. Never changes while the cache lives.
+    pub data: *mut std::ffi::c_void,
+    /// Bytes of addresses, of all slots together. What no step has asked for has no memory behind it.
+    pub size: u64,
+    /// Bytes from one slot to the next: a multiple of the granule.
+    pub slot_stride: u64,
+    /// Bytes that one token takes in it, without padding: what all of its layers keep, one after another.
+    pub token_bytes: u64,
+    /// The first of the model's layers that lie in it.
+    pub first_layer: u32,
+    /// How many layers lie in it.
+    pub layers: u32,
+    /// 1 where it holds keys, or latents.
+    pub has_keys: u32,
+    /// 1 where it holds values.
+    pub has_values: u32,
+    /// A `vattn_device_type`.
+    pub device_type: i32,
+    /// The device's number; 0 for the processor.
+    pub device_id: i32,
+}
+
 args::sized!(vattn_layout);
+args::sized!(vattn_tensor);
 
 fn describe(config: &Config, layout: &Layout) -> vattn_layout {
     vattn_layout {
@@ -137,6 +166,58 @@ pub unsafe extern "C" fn vattn_cache_layout(
         out.set(describe(cache.config(), cache.layout()));
         Ok(())
     })
+}
+
+/// One of the tensors, counted from 0 to `vattn_layout.tensors`.
+///
+/// # Safety
+/// - `out` is NULL, or points to a `vattn_tensor` of which `struct_size` is set.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vattn_cache_tensor(
+    cache: *const vattn_cache,
+    tensor: u32,
+    out: *mut vattn_tensor,
+) -> vattn_status {
+    on_cache("vattn_cache_tensor", cache, |cache| {
+        // SAFETY: as the caller promises.
+        let out = unsafe { args::out_sized("out", out) }?;
+        out.set(self::tensor(cache, tensor)?);
+        Ok(())
+    })
+}
+
+fn tensor(cache: &KvCache, number: u32) -> Result<vattn_tensor> {
+    let layout = cache.layout();
+    let Some(tensor) = layout.tensors().get(index(number)) else {
+        return Err(args::invalid(format!(
+            "tensor is {number}, and there are {}, numbered from 0",
+            layout.tensors().len()
+        )));
+    };
+    let (layers, parts) = (tensor.layers(), tensor.parts());
+    // Some layer's keys or values lie in it, and where in it is known.
+    let piece = layers.clone().flat_map(|layer| parts.iter().map(move |part| (layer, *part)));
+    let piece = piece.filter_map(|(layer, part)| Some((layer, part, layout.view(layer, part)?))).next();
+    let (layer, part, place) = piece.expect("a tensor that would hold nothing is not made");
+    let view = cache.view(layer, part)?;
+    let (device_type, device_id) = device(view.device);
+    Ok(vattn_tensor {
+        struct_size: 0,
+        data: pointer(view.addr.get() - place.offset.get()),
+        size: tensor.size().get(),
+        slot_stride: tensor.slot_stride().get(),
+        token_bytes: tensor.row().get(),
+        first_layer: layers.start,
+        layers: layers.end - layers.start,
+        has_keys: parts.contains(&Part::Key).into(),
+        has_values: parts.contains(&Part::Value).into(),
+        device_type,
+        device_id,
+    })
+}
+
+fn pointer(addr: u64) -> *mut std::ffi::c_void {
+    std::ptr::with_exposed_provenance_mut(usize::from_le_bytes(addr.to_le_bytes()))
 }
 
 /// Bytes that a slot of so many tokens takes at the least, in whole granules over all tensors, tiles
@@ -238,7 +319,7 @@ unsafe fn view(
     // Addresses, and so counts of elements, have fewer than 63 bits.
     let signed = |numbers: [u64; 4]| numbers.map(|number| i64::try_from(number).unwrap_or(i64::MAX));
     out.set(vattn_view {
-        data: std::ptr::with_exposed_provenance_mut(usize::from_le_bytes(view.addr.get().to_le_bytes())),
+        data: pointer(view.addr.get()),
         shape: signed(view.shape),
         strides: signed(view.strides),
         dtype: vattn_dtype::from(view.dtype).number(),

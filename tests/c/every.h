@@ -56,6 +56,7 @@ static inline void every_cache_call_fails(vattn_cache *bad, vattn_slot_tokens en
     vattn_slot slot;
     vattn_view view;
     vattn_layout layout;
+    vattn_tensor tensor;
     vattn_bytes bytes;
     vattn_stats stats;
     vattn_call_stats calls;
@@ -84,6 +85,7 @@ static inline void every_cache_call_fails(vattn_cache *bad, vattn_slot_tokens en
     CHECK_FAILS_OUT(status, part, text, vattn_cache_stats_json(bad, &text));
     CHECK_FAILS_OUT(status, part, text, vattn_cache_report_json(bad, &text));
     CHECK_FAILS_SIZED(status, part, layout, vattn_cache_layout(bad, &layout));
+    CHECK_FAILS_SIZED(status, part, tensor, vattn_cache_tensor(bad, 0, &tensor));
     CHECK_FAILS_OUT(status, part, number, vattn_cache_bytes_for(bad, 8, &number));
     CHECK_FAILS_OUT(status, part, view, vattn_cache_view(bad, 0, VATTN_KEY, &view));
     CHECK_FAILS_OUT(status, part, view, vattn_cache_paged_view(bad, 0, VATTN_KEY, &view));

@@ -1,4 +1,5 @@
 /* Views: their shapes, that three of them are the same memory, and layers and parts that are not there. */
+#include "sizes.h"
 #include "world.h"
 
 typedef vattn_status (*view_function)(const vattn_cache *, uint32_t, int32_t, vattn_view *);
@@ -36,6 +37,30 @@ static void shapes(const vattn_cache *cache, const vattn_layout *layout, vattn_s
     }
 }
 
+/* The tensors that the views lie in: as many as the layout says, apart from each other, and all of the memory. */
+static void tensors(const vattn_cache *cache) {
+    vattn_layout layout;
+    uint64_t token_bytes = 0, size = 0;
+    SIZED(layout);
+    CHECK_OK(vattn_cache_layout(cache, &layout));
+    for (uint32_t number = 0; number < layout.tensors; number++) {
+        vattn_tensor tensor;
+        vattn_view view;
+        SIZED(tensor);
+        CHECK_OK(vattn_cache_tensor(cache, number, &tensor));
+        CHECK(tensor.layers > 0 && tensor.first_layer + tensor.layers <= layout.layers);
+        CHECK(tensor.has_keys + tensor.has_values > 0 && tensor.device_type == VATTN_DEVICE_CPU);
+        CHECK(tensor.slot_stride == layout.stride_tokens * tensor.token_bytes);
+        CHECK(tensor.slot_stride % layout.granule == 0 && tensor.size == tensor.slot_stride * layout.slots);
+        /* Its row begins with its first layer's keys, or values where it has no keys. */
+        CHECK_OK(vattn_cache_view(cache, tensor.first_layer, tensor.has_keys ? VATTN_KEY : VATTN_VALUE, &view));
+        CHECK(view.data == tensor.data);
+        token_bytes += tensor.token_bytes;
+        size += tensor.size;
+    }
+    CHECK(token_bytes == layout.bytes_per_token && size == layout.virtual_size);
+}
+
 /* In every layout, every token of every slot is memory of its own. */
 static void layouts(const world *made) {
     const vattn_fence idle = vattn_fence_idle();
@@ -52,6 +77,7 @@ static void layouts(const world *made) {
             config.budget = 64 * WORLD_GRANULE;
             CHECK_OK(vattn_cache_create(&config, made->geometry, made->driver, &cache));
             CHECK_OK(vattn_cache_layout(cache, &layout));
+            tensors(cache);
             for (unsigned nth = 0; nth < WORLD_SLOTS; nth++)
                 entries[nth] = world_acquire(cache, WORLD_TOKENS - 50 * nth);
             CHECK_OK(vattn_cache_step(cache, entries, WORLD_SLOTS));
@@ -128,6 +154,13 @@ static void spare_and_tiles(const world *made) {
     CHECK_OK(vattn_cache_destroy(cache));
 }
 
+static void no_such_tensor(const vattn_cache *cache) {
+    vattn_tensor tensor;
+    CHECK_FAILS_SIZED(VATTN_INVALID_ARGUMENT, "tensor is 4294967295, and there are ", tensor,
+                      vattn_cache_tensor(cache, UINT32_MAX, &tensor));
+    CHECK_SIZES_OUT(vattn_tensor, "out", vattn_cache_tensor(cache, 0, it));
+}
+
 int main(void) {
     world made;
     world_make(&made, VATTN_BACKGROUND_OFF);
@@ -135,6 +168,7 @@ int main(void) {
     refused(made.cache, vattn_cache_view, "vattn_cache_view(");
     refused(made.cache, vattn_cache_paged_view, "vattn_cache_paged_view(");
     refused(made.cache, vattn_cache_token_view, "vattn_cache_token_view(");
+    no_such_tensor(made.cache);
     latent(&made);
     spare_and_tiles(&made);
     world_end(&made);

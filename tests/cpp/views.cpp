@@ -61,6 +61,8 @@ static void tokens_stay_where_they_are() {
 static void numbers() {
     World world;
     const vattn::Layout layout = world.cache.layout();
+    CHECK(world.cache.tensor(0).data == world.cache.view(0, vattn::Part::Key).data());
+    THROWS(Error, InvalidArgument, "vattn_cache_tensor: ", world.cache.tensor(layout.tensors));
     const View keys = world.cache.view(1, Part::Key);
     CHECK(keys.shape(0) == 4 && keys.shape(1) == 256 && keys.shape(2) == 2 && keys.shape(3) == 16);
     CHECK(keys.stride(3) == 1 && keys.stride(2) == 16 && keys.stride(1) == 64);

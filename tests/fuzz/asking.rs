@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char};
 
 use vattn::ffi::vattn_background::*;
 use vattn::ffi::vattn_status::*;
-use vattn::ffi::{vattn_bytes, vattn_call_stats, vattn_layout, vattn_stats, vattn_view};
+use vattn::ffi::{vattn_bytes, vattn_call_stats, vattn_layout, vattn_stats, vattn_tensor, vattn_view};
 
 use super::room::{Expect, Room, WRONG};
 use super::slots::array;
@@ -133,6 +133,17 @@ impl World {
             0 => {
                 let mut room = Room::sized::<vattn_layout>(s, &mut expect);
                 let status = call!(self, vattn_cache_layout(handle(cache), room.at()));
+                room.check(status);
+                self.judge(status, &expect, &natural);
+            }
+            1 if s.one_in(4) => {
+                let tensors = at.map_or(1, |at| self.caches[at].layout.tensors);
+                let tensor = if s.one_in(8) { u32::MAX - tensors } else { s.small(tensors) };
+                if tensor >= tensors {
+                    expect.spoil(VATTN_INVALID_ARGUMENT);
+                }
+                let mut room = Room::sized::<vattn_tensor>(s, &mut expect);
+                let status = call!(self, vattn_cache_tensor(handle(cache), tensor, room.at()));
                 room.check(status);
                 self.judge(status, &expect, &natural);
             }
