@@ -1,6 +1,6 @@
 /*
- * vattn for C++: vattn.h as classes. C++17 or later; all of it is in this file, and the library is linked as
- * for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences, threads, kernels.
+ * vattn for C++: vattn.h as classes. C++17 or later, with exceptions; all of it is in this file, and the
+ * library is linked as for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences, threads, kernels.
  * What holds there holds here; this is what is different:
  *
  * - Geometry, Driver and Cache own a handle: they can be moved and not copied. One that was moved from is
@@ -679,8 +679,8 @@ public:
     /// The `tile_tokens` that a cache of this model needs for a kernel by name, such as `fa3-decode`, in all
     /// of its layers. For several kernels take the least common multiple.
     ///
-    /// Throws InvalidConfig with the names that are known for one that is not, InvalidGeometry where how
-    /// far the kernel reads is not known for this model.
+    /// Throws InvalidConfig with the names that are known for one that is not, and where it is not known how
+    /// far the kernel reads for this model.
     [[nodiscard]] std::uint32_t tile_tokens(const std::string& kernel) const {
         std::uint32_t tokens = 0;
         const char* of_c = detail::text("vattn::Geometry::tile_tokens", kernel);
