@@ -1,7 +1,7 @@
 /*
  * vattn for C++: vattn.h as classes. C++17 or later, with exceptions; all of it is in this file, and the
- * library is linked as for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences, threads, kernels.
- * What holds there holds here; this is what is different:
+ * library is linked as for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences,
+ * threads, kernels. What holds there holds here; this is what is different:
  *
  * - Geometry, Driver and Cache own a handle: they can be moved and not copied. One that was moved from is
  *   empty, and an empty one refuses every call with Status::InvalidArgument.
