@@ -103,7 +103,7 @@ static void while_others_make_objects(void) {
     pthread_t threads[3];
     bool done = false;
     for (size_t at = 0; at < 3; at++) CHECK(pthread_create(&threads[at], NULL, makes_and_destroys, &done) == 0);
-    for (int forks = 0; forks < 60; forks++) {
+    for (int forks = 0; forks < 20; forks++) {
         const vattn_layers layers = {1, 1, 64, 64};
         vattn_geometry *geometry = NULL;
         pid_t next = fork();

@@ -171,7 +171,8 @@ say 'the library is built under AddressSanitizer'
 link clang "$built/clang-sanitized" "${sanitized[@]}" "$instrumented" -Wl,-S "${native[@]}"
 run "clang's, with the library under AddressSanitizer too" "$built/clang-sanitized"
 
-under_valgrind=(valgrind -q --leak-check=full --error-exitcode=9 --errors-for-leak-kinds=definite,indirect,possible)
+under_valgrind=(valgrind -q --leak-check=full --error-exitcode=9 --errors-for-leak-kinds=definite,indirect,possible
+    --suppressions=tests/c/valgrind.supp --fair-sched=try)
 compile gcc c11 -O0 tests/c/wrong.c -o "$built/wrong"
 "${under_valgrind[@]}" "$built/wrong" || fail 'Valgrind finds something in a program that does nothing wrong'
 finds Valgrind 'Invalid write' overflow "${under_valgrind[@]}" "$built/wrong"
