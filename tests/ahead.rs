@@ -9,28 +9,16 @@
 
 mod common;
 
-use common::rig::request;
-use common::{Shape, Watch, contents, shapes, step, stream, tokens};
+use common::rig::{cache_of, request, shape};
+use common::{Shape, Watch, contents, kind, step, stream, tokens};
 use vattn::driver::{Live, Stream};
 use vattn::error::{ErrorKind, Verb};
-use vattn::geometry::{Background, ConfigBuilder, Reclaim};
+use vattn::geometry::{Background, Reclaim};
 use vattn::{Bytes, Fence, KvCache, SlotTokens};
 
 const ONE: Stream = stream(1);
 const IDLE: &[Fence] = &[Fence::Idle];
 const GRANULE: Bytes = Bytes::new(4096);
-
-/// A granule of each of the two tensors holds 8 tokens.
-fn shape() -> Shape {
-    Shape { budget: 400, background: Background::Caller, ..shapes::sliced() }
-}
-
-fn cache_of(shape: &Shape, change: impl FnOnce(ConfigBuilder) -> ConfigBuilder) -> (Watch, KvCache) {
-    let watch = shape.watch();
-    let builder = shape.config().to_builder().at_hand(Bytes::ZERO);
-    let cache = KvCache::new(change(builder).build().unwrap(), watch.driver()).unwrap();
-    (watch, cache)
-}
 
 /// Does what there is to do now; whether something is left.
 fn tend(cache: &KvCache) -> bool {
@@ -47,10 +35,6 @@ fn calls(watch: &Watch, run: impl FnOnce()) -> u64 {
 /// Until it says that nothing is left, which comes soon or never.
 fn tend_all(cache: &KvCache) {
     assert!((0..1000).any(|_| !tend(cache)), "there is always something left");
-}
-
-fn kind<T: std::fmt::Debug>(result: vattn::Result<T>) -> ErrorKind {
-    result.unwrap_err().kind()
 }
 
 /// What a tend may map of what is not urgent, in a step, of so few that are due.

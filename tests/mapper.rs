@@ -17,7 +17,7 @@ use std::thread;
 
 use common::gate::{Gate, until};
 use common::rig::{Rig, request};
-use common::{contents, step, stream, tokens};
+use common::{contents, kind, step, stream, tokens};
 use vattn::driver::{Live, Stream};
 use vattn::error::{ErrorKind, Verb};
 use vattn::geometry::Reclaim;
@@ -28,10 +28,6 @@ const TWO: Stream = stream(2);
 const IDLE: &[Fence] = &[Fence::Idle];
 /// What the mapper calls to map one extent ahead.
 const MAPPING: [Verb; 3] = [Verb::Create, Verb::Map, Verb::SetAccess];
-
-fn kind<T: std::fmt::Debug>(result: vattn::Result<T>) -> ErrorKind {
-    result.unwrap_err().kind()
-}
 
 /// Two requests of 60 tokens each: the first has all that it will soon need, and the mapper is held at a
 /// gate while it maps for the second.

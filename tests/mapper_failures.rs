@@ -15,7 +15,7 @@ use std::{panic, thread};
 
 use common::gate::{is_mapper, until};
 use common::rig::{Rig, request};
-use common::{Shape, Watch, contents, shapes, step, stream, tokens};
+use common::{Shape, Watch, contents, kind, shapes, step, stream, tokens};
 use vattn::driver::{Live, Stream};
 use vattn::error::{ErrorKind, Verb};
 use vattn::geometry::Background;
@@ -27,10 +27,6 @@ const IDLE: &[Fence] = &[Fence::Idle];
 const MAPPING: [Verb; 3] = [Verb::Create, Verb::Map, Verb::SetAccess];
 const KINDS: [ErrorKind; 4] =
     [ErrorKind::Driver, ErrorKind::OutOfDeviceMemory, ErrorKind::OutOfMappings, ErrorKind::DeviceLost];
-
-fn kind<T: std::fmt::Debug>(result: vattn::Result<T>) -> ErrorKind {
-    result.unwrap_err().kind()
-}
 
 /// A call in the background that is to fail.
 #[derive(Clone, Copy, Debug)]

@@ -7,28 +7,17 @@
 
 mod common;
 
+use common::rig::{cache_of, shape};
 use common::{Shape, Watch, shapes, step, stream, tokens};
 use vattn::driver::Stream;
 use vattn::error::{ErrorKind, Verb};
-use vattn::geometry::{Background, ConfigBuilder, Reclaim};
+use vattn::geometry::{Background, Reclaim};
 use vattn::{Bytes, Fence, KvCache, SlotId, SlotTokens};
 
 const ONE: Stream = stream(1);
 const IDLE: &[Fence] = &[Fence::Idle];
 const GRANULE: Bytes = Bytes::new(4096);
 const MOVES: [Verb; 5] = [Verb::Create, Verb::Map, Verb::SetAccess, Verb::Unmap, Verb::Release];
-
-/// Two tensors in which a granule holds 8 tokens.
-fn shape() -> Shape {
-    Shape { budget: 400, background: Background::Caller, ..shapes::sliced() }
-}
-
-fn cache_of(shape: &Shape, change: impl FnOnce(ConfigBuilder) -> ConfigBuilder) -> (Watch, KvCache) {
-    let watch = shape.watch();
-    let builder = shape.config().to_builder().at_hand(Bytes::ZERO);
-    let cache = KvCache::new(change(builder).build().unwrap(), watch.driver()).unwrap();
-    (watch, cache)
-}
 
 /// Calls that move memory.
 fn moves(watch: &Watch) -> u64 {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use common::gate::Gate;
-use common::{Numbers, Shape, Watch, contents, setting, shapes, step, stream, tokens};
+use common::{Numbers, Shape, Watch, contents, kind, setting, shapes, step, stream, tokens};
 use vattn::driver::{Driver, Live, Stream};
 use vattn::error::{ErrorKind, Verb};
 use vattn::{Bytes, Fence, Health, KvCache, SlotId, SlotTokens};
@@ -38,10 +38,6 @@ fn request(cache: &KvCache, count: u64) -> SlotId {
     let slot = cache.acquire(tokens(count), Some(ONE)).unwrap();
     step(cache, slot, count).unwrap();
     slot
-}
-
-fn kind<T: std::fmt::Debug>(result: vattn::Result<T>) -> ErrorKind {
-    result.unwrap_err().kind()
 }
 
 /// What a caller sees of slots and memory.

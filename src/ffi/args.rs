@@ -133,6 +133,11 @@ pub(super) fn flag(name: &str, value: u32) -> Result<bool> {
     }
 }
 
+/// A field that a later version may give a meaning.
+pub(super) fn unused(name: &str, value: u32) -> Result<()> {
+    if value == 0 { Ok(()) } else { Err(invalid(format!("{name} is {value}; leave it 0"))) }
+}
+
 /// A place for an output, checked before anything is done, and written when all is.
 #[must_use]
 pub(super) struct Out<T>(*mut T);

@@ -147,9 +147,7 @@ unsafe fn read_fences(fences: *const vattn_fence, count: usize) -> Result<Vec<Fe
             (vattn_fence_kind::VATTN_FENCE_STREAM, Fence::Stream(stream(fence.handle))),
             (vattn_fence_kind::VATTN_FENCE_EVENT, Fence::Event(event(fence.handle))),
         ];
-        if fence.reserved != 0 {
-            return Err(args::invalid(format!("a fence's reserved is {}; leave it 0", fence.reserved)));
-        }
+        args::unused("a fence's reserved", fence.reserved)?;
         match args::choice("a fence's kind", fence.kind, &kinds)? {
             Fence::Idle if !fence.handle.is_null() => Err(args::invalid(format!(
                 "an idle fence has the handle {:p}; name its kind, VATTN_FENCE_STREAM or VATTN_FENCE_EVENT, or pass NULL",
@@ -206,7 +204,7 @@ pub unsafe extern "C" fn vattn_cache_create(
 /// - no kernel that is not covered by a fence still uses the memory.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vattn_cache_destroy(cache: *mut vattn_cache) -> vattn_status {
-    enter("vattn_cache_destroy", || if cache.is_null() { Ok(()) } else { CACHES.take(cache).map(drop) })
+    enter("vattn_cache_destroy", || CACHES.destroy(cache))
 }
 
 /// Gives a new request a slot, of no tokens yet.

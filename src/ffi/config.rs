@@ -214,9 +214,7 @@ pub(super) unsafe fn read(config: *const vattn_config, geometry: Geometry) -> Re
         )?)
         // SAFETY: as the caller promises.
         .commit(unsafe { commit(&given) }?);
-    if given.reserved != 0 {
-        return Err(args::invalid(format!("config->reserved is {}; leave it 0", given.reserved)).into());
-    }
+    args::unused("config->reserved", given.reserved)?;
     if given.budget != VATTN_AUTO {
         builder = builder.budget(Bytes::new(given.budget));
     }

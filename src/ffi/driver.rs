@@ -291,11 +291,7 @@ pub unsafe extern "C" fn vattn_driver_create_cuda(
             let options = if options.is_null() { defaults } else { args::sized_in("options", options)? };
             (options, args::out("out", out)?)
         };
-        if options.reserved != 0 {
-            return Err(
-                args::invalid(format!("options->reserved is {}; leave it 0", options.reserved)).into()
-            );
-        }
+        args::unused("options->reserved", options.reserved)?;
         let driver = cuda(&options)?;
         out.set(DRIVERS.keep(DriverObject { driver, by_hand: ByHand::No, checked: None })?);
         Ok(())
@@ -364,7 +360,7 @@ pub unsafe extern "C" fn vattn_driver_create_ledger(
 /// - any handle may be passed; one that is not alive is refused.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vattn_driver_destroy(driver: *mut vattn_driver) -> vattn_status {
-    enter("vattn_driver_destroy", || if driver.is_null() { Ok(()) } else { DRIVERS.take(driver).map(drop) })
+    enter("vattn_driver_destroy", || DRIVERS.destroy(driver))
 }
 
 /// What a driver is.

@@ -115,7 +115,8 @@ pub struct vattn_geometry_info {
 
 args::sized!(vattn_geometry_info);
 
-fn keep(geometry: Geometry, tensor_parallel: u32, dtype: Option<Dtype>) -> Result<Geometry> {
+/// One rank's part of a model, with elements of that type.
+fn rank_of(geometry: Geometry, tensor_parallel: u32, dtype: Option<Dtype>) -> Result<Geometry> {
     let rank =
         if tensor_parallel == 1 { geometry } else { geometry.with_tensor_parallel(tensor_parallel)? };
     match dtype {
@@ -150,7 +151,7 @@ pub unsafe extern "C" fn vattn_geometry_create(
         let dtype = self::dtype(dtype)?;
         let groups = groups.iter().copied().map(LayerGroup::from).collect();
         let geometry = Geometry::new(groups, dtype.unwrap_or_default())?;
-        out.set(GEOMETRIES.keep(keep(geometry, tensor_parallel, None)?)?);
+        out.set(GEOMETRIES.keep(rank_of(geometry, tensor_parallel, None)?)?);
         Ok(())
     })
 }
@@ -172,7 +173,7 @@ pub unsafe extern "C" fn vattn_geometry_create_preset(
         // SAFETY: as the caller promises.
         let (name, out) = unsafe { (args::text("name", name)?, args::out("out", out)?) };
         let dtype = self::dtype(dtype)?;
-        out.set(GEOMETRIES.keep(keep(Geometry::preset(name)?, tensor_parallel, dtype)?)?);
+        out.set(GEOMETRIES.keep(rank_of(Geometry::preset(name)?, tensor_parallel, dtype)?)?);
         Ok(())
     })
 }
@@ -198,7 +199,7 @@ pub unsafe extern "C" fn vattn_geometry_create_from_hf_config(
         // SAFETY: as the caller promises.
         let (json, out) = unsafe { (args::text("json", json)?, args::out("out", out)?) };
         let dtype = self::dtype(dtype)?;
-        let geometry = keep(Geometry::from_hf_config(json, tensor_parallel)?, 1, dtype)?;
+        let geometry = rank_of(Geometry::from_hf_config(json, tensor_parallel)?, 1, dtype)?;
         out.set(GEOMETRIES.keep(geometry)?);
         Ok(())
     })
@@ -210,9 +211,7 @@ pub unsafe extern "C" fn vattn_geometry_create_from_hf_config(
 /// - any handle may be passed; one that is not alive is refused.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vattn_geometry_destroy(geometry: *mut vattn_geometry) -> vattn_status {
-    enter("vattn_geometry_destroy", || {
-        if geometry.is_null() { Ok(()) } else { GEOMETRIES.take(geometry).map(drop) }
-    })
+    enter("vattn_geometry_destroy", || GEOMETRIES.destroy(geometry))
 }
 
 /// A geometry in numbers.

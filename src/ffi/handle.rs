@@ -128,7 +128,7 @@ impl<C, T> Handles<C, T> {
     }
 
     /// Takes an object away from its handle, once the calls under way have returned.
-    pub(super) fn take(&self, handle: *const C) -> Result<T, Failure> {
+    fn take(&self, handle: *const C) -> Result<T, Failure> {
         let (place, generation, number) = self.place(handle)?;
         let held = self.held(place, generation)?;
         if place.ended.swap(generation, Ordering::Relaxed) == generation {
@@ -139,6 +139,11 @@ impl<C, T> Handles<C, T> {
         let object = place.content.write().object.take().ok_or_else(|| self.gone())?;
         self.free.lock().places.push(number);
         Ok(object)
+    }
+
+    /// Drops an object, once the calls under way have returned. NULL is none, and no error.
+    pub(super) fn destroy(&self, handle: *const C) -> Result<(), Failure> {
+        if handle.is_null() { Ok(()) } else { self.take(handle).map(drop) }
     }
 
     #[inline]

@@ -12,7 +12,7 @@ use vattn::driver::checked::{Checked, CheckedOptions};
 use vattn::driver::host::{Host, HostOptions};
 use vattn::driver::ledger::{Ledger, LedgerOptions};
 use vattn::driver::{Access, Driver, DriverInfo, Live, MemoryInfo, RawEvent, RawHandle, Stream};
-use vattn::error::{Result, Verb};
+use vattn::error::{ErrorKind, Result, Verb};
 use vattn::geometry::{Commit, Config, Dtype, Geometry, LayerGroup, LayerKind};
 use vattn::units::{Bytes, DeviceAddr, SizeClass};
 use vattn::{Fence, KvCache, SlotId, SlotTokens, TokenCount};
@@ -433,6 +433,11 @@ pub(crate) fn tokens(count: u64) -> TokenCount {
 
 pub(crate) fn step(cache: &KvCache, slot: SlotId, count: u64) -> Result<()> {
     cache.step(&[SlotTokens::new(slot, tokens(count))])
+}
+
+/// What kind of error something came to.
+pub(crate) fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
+    result.unwrap_err().kind()
 }
 
 /// A number from the environment, or the default.

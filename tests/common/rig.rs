@@ -21,6 +21,22 @@ pub(crate) struct Rig {
     pub(crate) _deadline: Deadline,
 }
 
+/// Slots of two tensors in which a granule holds 8 tokens; what is done in the background is done by `tend`.
+pub(crate) fn shape() -> Shape {
+    Shape { budget: 400, background: Background::Caller, ..shapes::sliced() }
+}
+
+/// A cache that keeps nothing at hand, with what else a test changes.
+pub(crate) fn cache_of(
+    shape: &Shape,
+    change: impl FnOnce(ConfigBuilder) -> ConfigBuilder,
+) -> (Watch, KvCache) {
+    let watch = shape.watch();
+    let builder = shape.config().to_builder().at_hand(Bytes::ZERO);
+    let cache = KvCache::new(change(builder).build().unwrap(), watch.driver()).unwrap();
+    (watch, cache)
+}
+
 /// Fires every stream and opens the gate when it is dropped.
 pub(crate) struct LetsGo {
     watch: Watch,
@@ -39,11 +55,10 @@ impl Drop for LetsGo {
 impl Rig {
     pub(crate) fn new(change: impl FnOnce(ConfigBuilder) -> ConfigBuilder) -> Self {
         let deadline = Deadline::new();
-        let shape = Shape { budget: 400, background: Background::Thread, ..shapes::sliced() };
-        let watch = shape.watch();
-        let builder = shape.config().to_builder().at_hand(Bytes::ZERO);
-        let builder = builder.look_ahead(tokens(64)).look_ahead_budget(shape.granule * 200);
-        let cache = KvCache::new(change(builder).build().unwrap(), watch.driver()).unwrap();
+        let shape = Shape { background: Background::Thread, ..shape() };
+        let (watch, cache) = cache_of(&shape, |builder| {
+            change(builder.look_ahead(tokens(64)).look_ahead_budget(shape.granule * 200))
+        });
         let lets_go = LetsGo { watch: watch.clone(), gate: None };
         Self { lets_go, cache, watch, _deadline: deadline }
     }
