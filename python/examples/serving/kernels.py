@@ -1,0 +1,206 @@
+"""Attention kernels over a store: each has a `plan` on the host, once a step, and a `run`, once a layer.
+
+Decode takes one new token a request, in batches of a fixed width, so that a whole step can be captured into a CUDA
+graph: `plan` writes into buffers that stay where they are, `run` reads nothing else. Prefill takes some new tokens
+of each request and is never captured.
+
+Padded entries of a decode batch read one token of the spare row, slot or page.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy
+import torch
+import torch.nn.functional as functional
+
+from store import Handle, Pages, Slots, Store
+
+WORKSPACE = 256 << 20
+"""Bytes of scratch memory that FlashInfer's authors recommend."""
+
+_workspaces: dict[torch.device, torch.Tensor] = {}
+
+
+def workspace(device: torch.device) -> torch.Tensor:
+    """Scratch memory that kernels share: those of one stream never run at the same time."""
+    if device not in _workspaces:
+        _workspaces[device] = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
+    return _workspaces[device]
+
+
+def starts(counts: Sequence[int]) -> torch.Tensor:
+    """Where each of some pieces starts in all of them together, and where the last ends, int32."""
+    sums = numpy.zeros(len(counts) + 1, dtype=numpy.int32)
+    numpy.cumsum(counts, out=sums[1:])
+    return torch.from_numpy(sums)
+
+
+class Decode(ABC):
+    """One new token a request."""
+
+    @abstractmethod
+    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
+        """What follows is for these requests, each with so many tokens in all, the new one among them."""
+
+    @abstractmethod
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """`[width, heads, dim]` to the same."""
+
+
+class Prefill(ABC):
+    """Some new tokens a request."""
+
+    @abstractmethod
+    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
+        """What follows is for these requests: how many tokens each has anew, and how many in all."""
+
+    @abstractmethod
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """`[new tokens, heads, dim]`, one request's after another's, to the same."""
+
+
+class ReferencePrefill(Prefill):
+    """SDPA over rows that are gathered: for the processor, over any store."""
+
+    def __init__(self, store: Store, heads: int) -> None:
+        self.store = store
+
+    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
+        device = self.store.shape.device
+        self.new = list(new)
+        self.rows = [torch.from_numpy(self.store.rows(handle, 0, total)).to(device)
+                     for handle, total in zip(handles, totals)]
+
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for part, rows in zip(query.split(self.new), self.rows):
+            keys, values = (rows_of[layer][rows].transpose(0, 1)[None] for rows_of in (self.store.keys, self.store.values))
+            count, total = len(part), len(rows)
+            seen = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
+            out = functional.scaled_dot_product_attention(
+                part.transpose(0, 1)[None], keys, values, attn_mask=seen, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+
+class ReferenceDecode(Decode):
+    """The same, one token a request."""
+
+    def __init__(self, store: Store, heads: int, width: int) -> None:
+        self.inner, self.width = ReferencePrefill(store, heads), width
+
+    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
+        self.inner.plan(handles, [1] * len(handles), totals)
+
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        count = len(self.inner.new)
+        return torch.cat((self.inner.run(layer, query[:count]), torch.zeros_like(query[count:])))
+
+
+class Fa3Prefill(Prefill):
+    """FlashAttention-3 over each request's exact view: no tile past its end is loaded."""
+
+    def __init__(self, store: Slots, heads: int) -> None:
+        from fa3_fwd_interface import flash_attn_with_kvcache
+
+        self.store, self.attend = store, flash_attn_with_kvcache
+
+    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
+        self.new = list(new)
+        self.at = [(self.store.slot(handle), total) for handle, total in zip(handles, totals)]
+
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        keys, values = self.store.slot_keys[layer], self.store.slot_values[layer]
+        outputs = [
+            self.attend(part[None], keys[slot:slot + 1, :total], values[slot:slot + 1, :total], causal=True)[0]
+            for part, (slot, total) in zip(query.split(self.new), self.at)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class Fa3Decode(Decode):
+    """FlashAttention-3 over the whole tensor, with slots and lengths given. It loads whole tiles."""
+
+    def __init__(self, store: Slots, heads: int, width: int) -> None:
+        from fa3_fwd_interface import flash_attn_with_kvcache
+
+        self.store, self.attend, self.width = store, flash_attn_with_kvcache, width
+        self.spare = store.spare_row // store.stride
+        self.host = torch.empty(2, width, dtype=torch.int32, pin_memory=True)
+        self.both = torch.empty(2, width, dtype=torch.int32, device=store.shape.device)
+        self.slots, self.lengths = self.both
+
+    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
+        padding = self.width - len(handles)
+        numbers = self.host.numpy()
+        numbers[0] = [self.store.slot(handle) for handle in handles] + [self.spare] * padding
+        numbers[1] = list(totals) + [1] * padding
+        self.both.copy_(self.host, non_blocking=True)
+
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        return self.attend(
+            query[:, None], self.store.slot_keys[layer], self.store.slot_values[layer], cache_seqlens=self.lengths,
+            cache_batch_idx=self.slots, causal=True)[:, 0]
+
+
+class FlashInferPrefill(Prefill):
+    """FlashInfer's paged prefill."""
+
+    def __init__(self, store: Pages, heads: int, backend: str = "fa3") -> None:
+        import flashinfer
+
+        self.store, self.heads = store, heads
+        self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            workspace(store.shape.device), "NHD", backend=backend)
+
+    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
+        store, shape = self.store, self.store.shape
+        tables = [store.pages(handle, total) for handle, total in zip(handles, totals)]
+        last = torch.tensor([(total - 1) % store.page_tokens + 1 for total in totals], dtype=torch.int32)
+        self.wrapper.plan(
+            starts(new).to(shape.device), starts([len(table) for table in tables]).to(shape.device),
+            torch.from_numpy(numpy.concatenate(tables)).to(shape.device), last.to(shape.device), self.heads,
+            shape.kv_heads, shape.head_dim, store.page_tokens, causal=True, q_data_type=shape.dtype,
+            kv_data_type=shape.dtype)
+
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        return self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]))
+
+
+class FlashInferDecode(Decode):
+    """FlashInfer's paged decode, its tables in buffers that a graph may read."""
+
+    def __init__(self, store: Pages, heads: int, width: int) -> None:
+        import flashinfer
+
+        self.store, self.heads, self.width = store, heads, width
+        device, longest = store.shape.device, -(-store.shape.longest // store.page_tokens)
+
+        def buffer(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.int32, device=device)
+
+        self.wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace(device), "NHD", use_cuda_graph=True, use_tensor_cores=heads // store.shape.kv_heads >= 4,
+            paged_kv_indptr_buffer=buffer(width + 1), paged_kv_indices_buffer=buffer(width * longest),
+            paged_kv_last_page_len_buffer=buffer(width))
+
+    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
+        store, shape = self.store, self.store.shape
+        padding = self.width - len(handles)
+        tables = [store.pages(handle, total) for handle, total in zip(handles, totals)]
+        tables += [numpy.array([store.spare_page], dtype=numpy.int32)] * padding
+        last = [(total - 1) % store.page_tokens + 1 for total in totals] + [1] * padding
+        self.wrapper.plan(
+            starts([len(table) for table in tables]), torch.from_numpy(numpy.concatenate(tables)),
+            torch.tensor(last, dtype=torch.int32), self.heads, shape.kv_heads, shape.head_dim, store.page_tokens,
+            q_data_type=shape.dtype, kv_data_type=shape.dtype)
+
+    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        return self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]))
+
+
+PREFILL = {"reference": ReferencePrefill, "fa3": Fa3Prefill, "flashinfer": FlashInferPrefill}
+DECODE = {"reference": ReferenceDecode, "fa3": Fa3Decode, "flashinfer": FlashInferDecode}
