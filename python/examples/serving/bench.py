@@ -60,8 +60,25 @@ def quantiles(numbers: list[float]) -> dict[str, float]:
     return {"p50": statistics.median(ordered), "p90": at(0.9), "p99": at(0.99), "most": ordered[-1]}
 
 
+def first_token(request: Request) -> float:
+    """Seconds from its arrival to the first token of its answer (TTFT)."""
+    return request.times[0] - request.arrival
+
+
+def each_token(request: Request) -> float:
+    """Seconds for each further token of its answer (TPOT)."""
+    return (request.times[-1] - request.times[0]) / (len(request.times) - 1)
+
+
+def thinned(entries: list, most: int = 400) -> list:
+    """No more than so many of them, evenly spread."""
+    return entries[::-(-len(entries) // most) or 1]
+
+
 def summary(requests: list[Request], report: Report) -> dict:
     """A run in numbers: seconds, tokens a second, time to the first token and for each further one."""
+    ttft = [first_token(request) for request in requests]
+    tpot = [each_token(request) for request in requests if len(request.times) > 1]
     prompts = sum(len(request.prompt) for request in requests)
     answers = sum(len(request.tokens) for request in requests)
     spans = [after[0] - before[0] for before, after in zip(report.active, report.active[1:])]
@@ -73,15 +90,15 @@ def summary(requests: list[Request], report: Report) -> dict:
         "answer_tokens": answers,
         "tokens_per_second": (prompts + answers) / report.seconds,
         "answer_tokens_per_second": answers / report.seconds,
-        "ttft": quantiles([request.times[0] - request.arrival for request in requests if request.times]),
-        "tpot": quantiles([(request.times[-1] - request.times[0]) / (len(request.times) - 1)
-                           for request in requests if len(request.times) > 1]),
+        "ttft": quantiles(ttft),
+        "tpot": quantiles(tpot),
         "steps": report.steps,
         "graphed_steps": report.graphed,
         "preempted": report.preempted,
         "allocating_share": report.allocating / report.seconds,
         "mean_active": sum(span * entry[1] for span, entry in zip(spans, report.active)) / busy if busy else 0.0,
         "most_held": max((held for _, _, held in report.active), default=0),
+        "samples": {"ttft": sorted(ttft), "tpot": sorted(tpot), "memory": thinned(report.active)},
     }
 
 
