@@ -572,6 +572,10 @@ typedef int32_t vattn_health;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+/// A range of addresses of which a part is backed: see "Buffers" above. Any thread may call any function on
+/// it at any time.
+typedef struct vattn_buffer vattn_buffer;
+
 /// A KV cache. Any thread may call any function on it at any time.
 typedef struct vattn_cache vattn_cache;
 
@@ -953,6 +957,37 @@ typedef struct {
     /// Those of them that were made beside the path of requests: by the mapper, or in `vattn_cache_tend`.
     vattn_call_stats background;
 } vattn_stats;
+
+/// How large a buffer is, and its extents.
+typedef struct {
+    /// `sizeof(vattn_buffer_options)`, set by the caller.
+    size_t struct_size;
+    /// Bytes of addresses, rounded up to granules. Addresses cost nothing.
+    uint64_t size;
+    /// The most bytes of one allocation: a granule times a power of two. 0 for 32 MiB, or a granule where
+    /// that is more. Large ones make commits cheap, small ones make decommits exact.
+    uint64_t largest_extent;
+} vattn_buffer_options;
+
+/// A buffer in numbers.
+typedef struct {
+    /// `sizeof(vattn_buffer_info)`, set by the caller.
+    size_t struct_size;
+    /// The address of the first byte, which never changes. What is not committed faults when it is touched.
+    void *data;
+    /// Bytes of addresses.
+    uint64_t size;
+    /// The driver's unit of allocation in bytes.
+    uint64_t granule;
+    /// Bytes that are committed.
+    uint64_t committed;
+    /// Bytes of memory that were allocated and not given back: whole extents.
+    uint64_t held;
+    /// A `vattn_device_type`.
+    int32_t device_type;
+    /// The device's number; 0 for the processor.
+    int32_t device_id;
+} vattn_buffer_info;
 
 /// What is alive of a driver's.
 typedef struct {
@@ -1452,6 +1487,64 @@ vattn_status vattn_cache_stats_json(const vattn_cache *cache, char **out);
 /// # Safety
 /// - `out` is NULL, or a pointer can be written there.
 vattn_status vattn_cache_report_json(const vattn_cache *cache, char **out);
+
+/// Reserves addresses, with nothing committed.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for a size of 0 or one that granules can't round up, and a largest
+/// extent that is no granule times a power of two; with `VATTN_OUT_OF_ADDRESS_SPACE`.
+///
+/// # Safety
+/// - `options` is NULL, or points to a `vattn_buffer_options` of which `struct_size` is set;
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_buffer_create(const vattn_buffer_options *options,
+                                 const vattn_driver *driver,
+                                 vattn_buffer **out);
+
+/// Backs a range: afterwards every byte of it can be touched. What is committed already stays as it is, with
+/// what is in it; what is in new memory is not defined. Ranges need not begin or end on granules.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for a range that is empty or reaches beyond the buffer;
+/// `VATTN_OUT_OF_DEVICE_MEMORY`, `VATTN_OUT_OF_MAPPINGS` and the driver's other refusals, and nothing was
+/// committed; `VATTN_UNHEALTHY` after a driver panicked in a call on this buffer.
+///
+/// # Safety
+/// - any handle may be passed; one that is not alive is refused.
+vattn_status vattn_buffer_commit(const vattn_buffer *buffer, uint64_t offset, uint64_t size);
+
+/// Says that the bytes of a range are no longer wanted. Memory is given back by whole extents of which no byte
+/// is committed any more.
+///
+/// The fences say when the device is done with the range, one for each stream that touched it. They are
+/// waited for on the calling thread: whoever must not wait gives an event that has fired. Until this returns
+/// the range counts as committed.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for a range that is empty or reaches beyond the buffer, and for no
+/// fence; `VATTN_CAPTURING_STREAM`; the driver's refusals. The range is as it was, with what is in it. With
+/// `VATTN_UNHEALTHY` where the driver stopped in the middle and would not undo: the text names the bytes that
+/// are not committed any more, and all others are as they were.
+///
+/// # Safety
+/// - `fences` is NULL, or `fence_count` of them can be read there, with streams and events that are alive;
+/// - no kernel that is not covered by a fence still uses the range.
+vattn_status vattn_buffer_decommit(const vattn_buffer *buffer,
+                                   uint64_t offset,
+                                   uint64_t size,
+                                   const vattn_fence *fences,
+                                   size_t fence_count);
+
+/// A buffer in numbers.
+///
+/// # Safety
+/// - `out` is NULL, or points to a `vattn_buffer_info` of which `struct_size` is set.
+vattn_status vattn_buffer_describe(const vattn_buffer *buffer, vattn_buffer_info *out);
+
+/// Gives a buffer up, its memory and its addresses. Waits for the calls on it that are under way, and for no
+/// device: nothing may use the memory any more. NULL is no error.
+///
+/// # Safety
+/// - any handle may be passed; one that is not alive is refused;
+/// - no kernel still uses the memory.
+vattn_status vattn_buffer_destroy(vattn_buffer *buffer);
 
 /// A driver around another that can be told to fail, so that a program can be tested against every failure
 /// there is. It costs some time in each call. The inner driver stays alive as long as it does.

@@ -14,7 +14,6 @@
 //! | `background.rs` | what the mapper does, in which order, and how much at a time |
 //! | `ahead.rs` | what it maps before tokens need it |
 //! | `stock.rs` | which extents it keeps at hand |
-//! | `fence.rs` | what is waited for before memory is unmapped |
 //! | `views.rs` | addresses, shapes and strides for kernels |
 //! | `report.rs` | the walk through everything, and the audit |
 //!
@@ -25,7 +24,6 @@
 mod ahead;
 mod background;
 mod core;
-mod fence;
 mod lifecycle;
 #[cfg(all(test, loom))]
 mod loom_tests;
@@ -44,14 +42,15 @@ use crate::driver::{Driver, Stream};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::Result;
+use crate::fence;
 use crate::geometry::{Background, Config};
 use crate::layout::{Layout, Part};
 use crate::mapper::Mapper;
 use crate::stats::{ByteCounts, Snapshot};
 use crate::units::{Bytes, SlotId, TokenCount};
 
+pub use crate::fence::{Fence, ForeignEvent};
 pub use crate::slot::SlotTokens;
-pub use fence::{Fence, ForeignEvent};
 pub use report::{Report, SlotReport};
 pub use views::TensorView;
 
