@@ -156,6 +156,21 @@
  * for "fa3-decode", "fa3-causal", "fa3-window", "fa3-view", "torch-varlen", "sdpa-view" and "flashinfer".
  * What each was measured with is in docs/kernels.md.
  *
+ * BUFFERS
+ *
+ * A vattn_buffer is what a cache is built on, without the cache: a range of addresses that never move, of
+ * which any part can be backed. For a tensor that grows in place, or for a pool of the program's own.
+ *
+ *     vattn_buffer_options options = { .struct_size = sizeof options, .size = (uint64_t)1 << 40 };
+ *     vattn_buffer_create(&options, driver, &buffer);            // addresses, and no memory
+ *     vattn_buffer_commit(buffer, offset, size);                 // every byte of it can be touched now
+ *     vattn_buffer_decommit(buffer, offset, size, &fence, 1);    // and now it need not be any more
+ *
+ * Ranges are any bytes: of two rows that share a granule one can go without the other. Memory is allocated in
+ * extents, each the largest that fits into what of a commit is not backed yet, up to largest_extent, and is given
+ * back by whole extents of which no byte is committed. On an H200 a commit costs about 45 µs an extent, however
+ * large: 1.4 ms a GiB with the default of 32 MiB, and nothing where all of it is committed already.
+ *
  * WHEN A CALL FAILS
  *
  *     VATTN_OUT_OF_BUDGET           retire or preempt a request, or raise the budget; then call again
@@ -1038,6 +1053,22 @@ const char *vattn_version(void);
 /// # Safety
 /// - `out` is NULL, or a pointer can be written there.
 vattn_status vattn_probe_json(char **out);
+
+/// The models and the kernels that can be named, as one JSON object with two arrays.
+///
+/// `presets`: `name`, `description`, `layers`, `kv_heads`, `key_dim`, `value_dim`, `dtype`, `bytes_per_token`.
+/// Where layers keep a latent, `key_dim` is its elements, and `kv_heads` and `value_dim` are 0.
+///
+/// `kernels`: `name`, `summary`, `evidence` (`measured` or `source`), `source`, `exact`, `tiles`, `latents`. One
+/// that is exact reads nothing past a length. Of any other the first of its `tiles` counts that has the type
+/// and is wide enough: each has `dtypes`, `key_dim`, `value_dim`, `tokens`, of which `tile_tokens` is to be a
+/// multiple. `latents` says as heads of which `key_dim` and `value_dim` one of `dim` is looked up.
+///
+/// Types have PyTorch's names. The text is the caller's: `vattn_string_destroy` gives it up.
+///
+/// # Safety
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_catalog_json(char **out);
 
 /// Gives up a string that the library gave out. NULL is no error.
 ///
