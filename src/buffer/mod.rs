@@ -245,6 +245,13 @@ impl Buffer {
         !state.moving && self.span(offset, size).is_ok_and(|span| state.committed.contains(&span))
     }
 
+    /// Whether so many bytes from `addr` on lie in the buffer: whether their addresses are reserved, not whether
+    /// there is memory behind them.
+    #[must_use]
+    pub fn contains(&self, addr: DeviceAddr, size: Bytes) -> bool {
+        self.reservation.contains(addr, size)
+    }
+
     /// A range that is one.
     fn span(&self, offset: Bytes, size: Bytes) -> Result<Span> {
         if size.is_zero() {

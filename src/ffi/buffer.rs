@@ -164,12 +164,12 @@ pub unsafe extern "C" fn vattn_buffer_describe(
     })
 }
 
-/// Gives a buffer up, its memory and its addresses. Waits for the calls on it that are under way, and for no
-/// device: nothing may use the memory any more. NULL is no error.
+/// Gives a buffer up, its memory and its addresses; where it is pinned they go with the last pin. Waits for the
+/// calls on it that are under way, and for no device: nothing may use the memory any more. NULL is no error.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused;
-/// - no kernel still uses the memory.
+/// - no kernel still uses the memory, unless it is pinned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vattn_buffer_destroy(buffer: *mut vattn_buffer) -> vattn_status {
     enter("vattn_buffer_destroy", || BUFFERS.destroy(buffer))

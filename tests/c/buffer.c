@@ -128,6 +128,45 @@ static void streams(const world *made) {
     CHECK_OK(vattn_buffer_destroy(buffer));
 }
 
+/* A tensor over a buffer keeps it, and no part of it committed. */
+static void pinned(const world *made) {
+    const vattn_fence idle = vattn_fence_idle();
+    const int64_t rows[2] = {64, WORLD_GRANULE / 2}, beyond[2] = {65, WORLD_GRANULE / 2};
+    vattn_buffer *buffer = world_buffer(made->driver);
+    unsigned char *data = (unsigned char *)describe(buffer).data;
+    vattn_pin *pin = NULL;
+    vattn_pin_info info;
+    vattn_array array;
+    void *tensor = NULL, *out;
+    CHECK_OK(vattn_buffer_commit(buffer, 0, 8 * WORLD_GRANULE));
+    CHECK_OK(vattn_pin_create_buffer(buffer, &pin));
+    CHECK_FAILS(VATTN_INVALID_ARGUMENT, "out is NULL", vattn_pin_create_buffer(buffer, NULL));
+    SIZED(info);
+    CHECK_OK(vattn_pin_describe(pin, &info));
+    CHECK(info.tokens == 0 && info.bytes == 8 * WORLD_GRANULE);
+    SIZED(array);
+    array.data = data;
+    array.dtype = VATTN_DTYPE_BF16;
+    array.ndim = 2;
+    array.shape = beyond;
+    CHECK_FAILS_OUT(VATTN_INVALID_ARGUMENT, "260 KiB from", out, vattn_pin_dlpack(pin, &array, 1, &out));
+    array.shape = rows;
+    array.data = data - 2;
+    CHECK_FAILS_OUT(VATTN_INVALID_ARGUMENT, "reserves", out, vattn_pin_dlpack(pin, &array, 1, &out));
+    array.data = data;
+    CHECK_OK(vattn_pin_dlpack(pin, &array, 1, &tensor));
+
+    CHECK_OK(vattn_buffer_decommit(buffer, 4 * WORLD_GRANULE, 4 * WORLD_GRANULE, &idle, 1));
+    CHECK(describe(buffer).held == 4 * WORLD_GRANULE);
+    check_fill(data, 0, 4 * WORLD_GRANULE);
+    CHECK_OK(vattn_pin_destroy(pin));
+    CHECK_OK(vattn_buffer_destroy(buffer));
+    every_buffer_call_fails(buffer, VATTN_INVALID_HANDLE, "the vattn_buffer has been destroyed");
+    CHECK(check_filled(data, 0, 4 * WORLD_GRANULE));
+    CHECK_OK(vattn_dlpack_destroy(tensor, 1));
+    world_none_alive(made->driver, 0);
+}
+
 /* Handles that are none, and a buffer that outlives its driver's handle. */
 static void handles(world *made) {
     vattn_buffer *buffer = world_buffer(made->driver);
@@ -157,6 +196,7 @@ int main(void) {
     refused(&made);
     failing(&made);
     streams(&made);
+    pinned(&made);
     handles(&made);
     world_end(&made);
     return check_end();
