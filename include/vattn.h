@@ -147,6 +147,28 @@
  * another vattn_cache_acquire_on has that stream wait. A fence on a stream that is being captured is refused
  * with VATTN_CAPTURING_STREAM.
  *
+ * PINS AND DLPACK
+ *
+ * An array of another library over a slot's keys or values, a PyTorch tensor for example, may outlive the
+ * request. A pin keeps its memory mapped where it is until the pin is destroyed: through retire, truncate,
+ * reclaim, trim, a smaller budget, adoption by another request, and the end of the cache.
+ *
+ *     vattn_pin *pin;
+ *     vattn_pin_create(cache, &slot, &pin);             // what backs the slot's tokens now
+ *
+ *     int64_t shape[3] = { tokens, keys.shape[2], keys.shape[3] };
+ *     vattn_array array = { .struct_size = sizeof array, .data = where, .dtype = keys.dtype,
+ *                           .ndim = 3, .shape = shape, .strides = keys.strides + 1 };
+ *     void *tensor;                                     // a DLManagedTensorVersioned
+ *     vattn_pin_dlpack(pin, &array, 1, &tensor);        // a pin of its own, given up by its deleter
+ *     vattn_pin_destroy(pin);
+ *
+ * What a pin keeps is memory and addresses, not contents: whoever has the slot, or is given it next, writes
+ * there. Pinned memory counts as mapped and against the budget, and vattn_cache_fits and vattn_cache_admits do
+ * not take it for free; vattn_stats has the number of pins, vattn_bytes what they keep. A pin with no slot keeps
+ * the addresses alone. A pin has no fence: it is given up once the device is done with the memory, or before the
+ * slot is retired with a fence that covers what was launched.
+ *
  * WHICH KERNEL NEEDS WHICH TILE
  *
  * What lies past a slot's tokens is not backed, and a kernel that reads there faults. Most do not: PyTorch's
@@ -171,10 +193,12 @@
  * vattn_cache_health tells whether a cache can be trusted:
  *
  *     call                                          healthy   degraded   failed
- *     step, acquire, truncate, prefetch             yes       yes        no
+ *     step, acquire, truncate, prefetch,            yes       yes        no
+ *     pins of a slot
  *     retire, reclaim, trim, set_budget,            yes       yes        no
  *     tend, flush
- *     fits, admits, views, layout, statistics       yes       yes        yes
+ *     fits, admits, views, layout, statistics,      yes       yes        yes
+ *     pins of addresses
  *     destroy                                       yes       yes        yes
  *
  * THREADS AND FORK
@@ -582,6 +606,9 @@ typedef struct vattn_driver vattn_driver;
 /// What a model (one rank's part of it) keeps for each token: its layers in model order. Never changes.
 typedef struct vattn_geometry vattn_geometry;
 
+/// What keeps memory mapped at its addresses, and addresses reserved.
+typedef struct vattn_pin vattn_pin;
+
 /// The last call of this thread that failed: what a program may branch on.
 typedef struct {
     /// `sizeof(vattn_error)`, set by the caller.
@@ -876,6 +903,33 @@ typedef struct {
     void *handle;
 } vattn_fence;
 
+/// What a pin keeps.
+typedef struct {
+    /// `sizeof(vattn_pin_info)`, set by the caller.
+    size_t struct_size;
+    /// Tokens that it keeps backed: those of the slot when it was pinned, and what `tile_tokens` adds.
+    uint64_t tokens;
+    /// Bytes of physical memory that it keeps in place. Other pins may keep the same.
+    uint64_t bytes;
+} vattn_pin_info;
+
+/// An array in memory.
+typedef struct {
+    /// `sizeof(vattn_array)`, set by the caller.
+    size_t struct_size;
+    /// Where its first element is.
+    void *data;
+    /// A `vattn_dtype`, of the elements.
+    int32_t dtype;
+    /// Its dimensions: 8 at most.
+    uint32_t ndim;
+    /// Elements along each dimension, none of them negative. NULL with `ndim` 0.
+    const int64_t *shape;
+    /// From one element to the next along each dimension, in elements, none of them negative. NULL if they lie
+    /// side by side, the last dimension's closest.
+    const int64_t *strides;
+} vattn_array;
+
 /// How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`, but for
 /// what is being moved at this moment, by the mapper or another thread, which is held and neither.
 typedef struct {
@@ -883,10 +937,10 @@ typedef struct {
     size_t struct_size;
     /// What the tokens of the slots in use fill, with no rounding at all.
     uint64_t needed;
-    /// Extents of slots in use, up to the last one that holds a byte of their tokens.
+    /// Extents of slots in use, up to the last one that holds a byte of their tokens, and those that pins keep.
     uint64_t mapped;
-    /// Extents that are mapped and hold nobody's tokens: all of a retired slot's, and what lies beyond the
-    /// tokens of a slot in use.
+    /// Extents that are mapped, hold nobody's tokens and are not pinned: all of a retired slot's, and what lies
+    /// beyond the tokens of a slot in use.
     uint64_t parked;
     /// What of `parked` was mapped ahead for slots in use.
     uint64_t ahead;
@@ -899,6 +953,8 @@ typedef struct {
     uint64_t held;
     /// What may be held at most, in whole granules.
     uint64_t budget;
+    /// What of `mapped` pins keep, whether anybody's tokens need it or not.
+    uint64_t pinned;
 } vattn_bytes;
 
 /// Calls of the driver.
@@ -952,6 +1008,8 @@ typedef struct {
     vattn_call_stats driver;
     /// Those of them that were made beside the path of requests: by the mapper, or in `vattn_cache_tend`.
     vattn_call_stats background;
+    /// Pins that are alive, DLPack tensors among them.
+    uint64_t pins;
 } vattn_stats;
 
 /// What is alive of a driver's.
@@ -1236,6 +1294,9 @@ vattn_status vattn_cache_create(const vattn_config *config,
 /// Ends a cache: waits for the calls under way and for the fences that were given, ends the mapper, and
 /// gives everything back. Addresses from its views must not be used any more. NULL is no error.
 ///
+/// Under living pins the handle is dead all the same, and a warning is logged. What they do not keep is given
+/// back here, the rest as they go.
+///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused;
 /// - no kernel that is not covered by a fence still uses the memory.
@@ -1383,7 +1444,8 @@ vattn_status vattn_cache_trim(const vattn_cache *cache,
 /// the fences of what is unmapped are waited for.
 ///
 /// Fails with `VATTN_INVALID_CONFIG` for a budget that `vattn_cache_create` would refuse,
-/// `VATTN_OUT_OF_BUDGET` where slots in use need more, and the driver's refusals. The old budget stays.
+/// `VATTN_OUT_OF_BUDGET` where slots in use and pins need more, and the driver's refusals. The old budget
+/// stays.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.
@@ -1409,6 +1471,63 @@ vattn_status vattn_cache_tend(const vattn_cache *cache, bool *out_more);
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.
 vattn_status vattn_cache_flush(const vattn_cache *cache);
+
+/// Pins what backs a slot's tokens now: it stays mapped at its addresses until the pin is destroyed, through
+/// retire, truncate, reclaim, trim, a smaller budget, adoption of the slot by another request, and destruction
+/// of the cache. With `slot` NULL the addresses of all tensors stay reserved, and no memory is kept.
+///
+/// Pinned memory counts as mapped, and against the budget. Its contents are not kept: whoever has the slot,
+/// or is given it next, writes there.
+///
+/// Fails with `VATTN_STALE_SLOT`, `VATTN_FOREIGN_SLOT`, `VATTN_SLOT_BUSY`, `VATTN_UNHEALTHY`. Nothing is
+/// changed.
+///
+/// # Safety
+/// - `slot` is NULL, or can be read;
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_pin_create(const vattn_cache *cache,
+                              const vattn_slot *slot,
+                              vattn_pin **out);
+
+/// What a pin keeps.
+///
+/// # Safety
+/// - `out` is NULL, or points to a `vattn_pin_info` of which `struct_size` is set.
+vattn_status vattn_pin_describe(const vattn_pin *pin, vattn_pin_info *out);
+
+/// Makes a DLPack tensor of an array that lies in what the pin's object reserves. With `version_major` 0 it is
+/// a `DLManagedTensor`, with 1 a `DLManagedTensorVersioned`. It is a pin of its own: the array's memory is kept
+/// as this pin keeps it until the tensor's deleter is called, which any thread may do, with no lock held. After
+/// `fork` a deleter does nothing in the child.
+///
+/// Whether there is memory behind the array is not asked: what was not stepped to has none.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for an array that reaches beyond what is reserved.
+///
+/// # Safety
+/// - `array` is NULL, or can be read, with `ndim` values at `shape` and, unless it is NULL, at `strides`;
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_pin_dlpack(const vattn_pin *pin,
+                              const vattn_array *array,
+                              uint32_t version_major,
+                              void **out);
+
+/// Calls the deleter of a tensor that `vattn_pin_dlpack` made with the same `version_major`, and that nobody
+/// has taken over. NULL is no error.
+///
+/// # Safety
+/// - `tensor` is NULL, or one that `vattn_pin_dlpack` made, whose deleter was not called.
+vattn_status vattn_dlpack_destroy(void *tensor, uint32_t version_major);
+
+/// Gives a pin up: what it alone kept holds nobody's tokens from now on, and is unmapped as what a retired slot
+/// leaves is, after the fences that were given for it. The device is done with what was launched on it, unless
+/// a fence that is given later covers that. Of a cache that was destroyed it is given back here, and what was
+/// left of the cache goes with its last pin. NULL is no error.
+///
+/// # Safety
+/// - any handle may be passed; one that is not alive is refused;
+/// - no kernel that is not covered by a fence still uses the memory.
+vattn_status vattn_pin_destroy(vattn_pin *pin);
 
 /// Whether a cache can be trusted with more work: `out` is a `vattn_health`. A server may want it every
 /// iteration.

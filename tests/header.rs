@@ -14,8 +14,9 @@ fn root() -> &'static Path {
 }
 
 /// The files with declarations for C, in the header's order.
-const CHAPTERS: [&str; 10] =
-    ["status", "library", "log", "geometry", "driver", "config", "layout", "cache", "stats", "testing"];
+const CHAPTERS: [&str; 11] = [
+    "status", "library", "log", "geometry", "driver", "config", "layout", "cache", "pin", "stats", "testing",
+];
 
 fn header() -> PathBuf {
     root().join("include/vattn.h")

@@ -199,6 +199,9 @@ pub unsafe extern "C" fn vattn_cache_create(
 /// Ends a cache: waits for the calls under way and for the fences that were given, ends the mapper, and
 /// gives everything back. Addresses from its views must not be used any more. NULL is no error.
 ///
+/// Under living pins the handle is dead all the same, and a warning is logged. What they do not keep is given
+/// back here, the rest as they go.
+///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused;
 /// - no kernel that is not covered by a fence still uses the memory.
@@ -458,7 +461,8 @@ pub unsafe extern "C" fn vattn_cache_trim(
 /// the fences of what is unmapped are waited for.
 ///
 /// Fails with `VATTN_INVALID_CONFIG` for a budget that `vattn_cache_create` would refuse,
-/// `VATTN_OUT_OF_BUDGET` where slots in use need more, and the driver's refusals. The old budget stays.
+/// `VATTN_OUT_OF_BUDGET` where slots in use and pins need more, and the driver's refusals. The old budget
+/// stays.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.

@@ -23,6 +23,7 @@ use super::driver::{DriverObject, vattn_driver};
 use super::entry::Failure;
 use super::fork;
 use super::geometry::vattn_geometry;
+use super::pin::{PinObject, vattn_pin};
 use super::status::vattn_status::{
     VATTN_FORKED, VATTN_INVALID_ARGUMENT, VATTN_INVALID_HANDLE, VATTN_UNSUPPORTED,
 };
@@ -39,6 +40,7 @@ const BLOCKS: usize = 1024;
 pub(super) static CACHES: Handles<vattn_cache, KvCache> = Handles::new(0x4b, "vattn_cache");
 pub(super) static DRIVERS: Handles<vattn_driver, DriverObject> = Handles::new(0x44, "vattn_driver");
 pub(super) static GEOMETRIES: Handles<vattn_geometry, Geometry> = Handles::new(0x47, "vattn_geometry");
+pub(super) static PINS: Handles<vattn_pin, PinObject> = Handles::new(0x50, "vattn_pin");
 
 /// All objects of one kind. `C` is what C calls it, `T` what it is.
 pub(super) struct Handles<C, T> {

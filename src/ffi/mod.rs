@@ -17,7 +17,8 @@
 //! | `status.rs` | which statuses there are; the last error |
 //! | `library.rs` | versions, what this machine offers, strings |
 //! | `log.rs` | who is told what the library logs |
-//! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs` | one object of C each |
+//! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs`, `pin.rs` | one object of C each |
+//! | `dlpack.rs` | arrays over pinned memory, as other libraries take them |
 //! | `layout.rs`, `stats.rs` | structs that are filled for C |
 //! | `testing.rs` | drivers that fail on demand, fences that are fired by hand |
 //!
@@ -31,6 +32,7 @@
 mod args;
 mod cache;
 mod config;
+mod dlpack;
 mod driver;
 mod entry;
 mod fork;
@@ -39,6 +41,7 @@ mod handle;
 mod layout;
 mod library;
 mod log;
+mod pin;
 mod stats;
 mod status;
 mod testing;
@@ -52,6 +55,7 @@ pub use geometry::*;
 pub use layout::*;
 pub use library::*;
 pub use log::*;
+pub use pin::*;
 pub use stats::*;
 pub use status::*;
 pub use testing::*;
