@@ -301,6 +301,8 @@ class KvCache(Owned):
 
     def calls(self, verb: str | None = None) -> CallStats:
         """Calls of the driver of one verb, such as `map`; None is all of them."""
+        if verb is None:
+            return self.stats().driver
         out = ffi.new("vattn_call_stats *")
         check(lib.vattn_cache_calls(self._handle, verb_number(verb), out))
         return read(CallStats, out)
