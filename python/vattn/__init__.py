@@ -6,8 +6,7 @@
     with vattn.KvCache(model, vattn.HostDriver("1GiB"), max_slots=64) as cache:
         slot = cache.acquire(1000)
         cache.step([(slot, 1000)])                  # the prompt is backed
-        keys = cache.raw(0).numpy()[slot.index]     # [token, head, dim]
-        keys[:1000] = 1
+        keys = cache.view(slot, layer=0)            # [token, head, dim]; torch.from_dlpack(keys), keys.numpy()
         cache.retire(slot, vattn.IDLE)
 
 Sizes are in bytes, lengths in tokens, strides in elements. The GIL is released in every call.
