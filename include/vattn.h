@@ -169,6 +169,9 @@
  * the addresses alone. A pin has no fence: it is given up once the device is done with the memory, or before the
  * slot is retired with a fence that covers what was launched.
  *
+ * A tensor's deleter may be called on any thread at any time, inside a log callback too. In a child after fork
+ * it does nothing.
+ *
  * WHICH KERNEL NEEDS WHICH TILE
  *
  * What lies past a slot's tokens is not backed, and a kernel that reads there faults. Most do not: PyTorch's
