@@ -1,0 +1,197 @@
+"""PyTorch over a cache's memory: tensors, what attention kernels ask for beside them, virtual tensors.
+
+Nothing here copies tokens. Tables and lengths are made on the device that is named, without a loop over
+pages. Raw tensors reach beyond what is backed: **touching tokens that no step has asked for is fatal**, a
+segmentation fault on the host and an illegal access on a device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import vattn
+from vattn.views import View
+
+try:
+    import torch
+except ImportError as missing:
+    raise ImportError("vattn.torch needs PyTorch: pip install torch") from missing
+
+Part = Literal["key", "value"]
+Device = torch.device | str | int | None
+
+#: PyTorch's types by vattn's names for them.
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+_BITS = {1: ("uint8", torch.uint8), 2: ("float16", torch.float16), 4: ("float32", torch.float32)}
+
+_known: weakref.WeakKeyDictionary[vattn.KvCache, dict[Any, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+# ---- tensors over a cache ----
+
+
+def tensor(view: View) -> torch.Tensor:
+    """A tensor over the memory of a view, of its shape, strides and type."""
+    bits, plain = _BITS[view.element_bytes]
+    wanted, told = DTYPES[view.dtype], view.dtype
+    # What DLPack may have no name for goes as bits of the same width.
+    view.dtype = bits
+    try:
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            made: torch.Tensor = torch.from_dlpack(view) if hasattr(view, "__dlpack__") else _numpy(view)
+            return made.view(wanted) if wanted != plain else made
+    finally:
+        view.dtype = told
+
+
+def _numpy(view: View) -> torch.Tensor:
+    import numpy
+    return torch.from_numpy(numpy.asarray(view))
+
+
+def kv(cache: vattn.KvCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's keys and values by slot, `[slot, token, head, dim]` each, `slot.index` first.
+
+    Raw: tokens that no step has asked for must not be touched, not even by printing. Made once for each layer;
+    the same tensors come back every time, and their addresses never change while the cache lives.
+    """
+    return _once(cache, "raw", layer, "key"), _once(cache, "raw", layer, "value")
+
+
+def kv_view(cache: vattn.KvCache, slot: vattn.Slot, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request's keys and values of a layer, `[token, head, dim]` each, over its backed tokens alone.
+
+    Safe: the memory stays as long as the tensors do, whatever becomes of the slot.
+    """
+    return tensor(cache.view(slot, layer, "key")), tensor(cache.view(slot, layer, "value"))
+
+
+def paged_kv(cache: vattn.KvCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The memory of `kv` seen as pages, `[page, token of the page, head, dim]` each, without a copy.
+
+    Page p of slot s is `s * layout.pages_per_slot + p`: what `identity_page_table` lists. Raw, as `kv` is.
+    """
+    return _once(cache, "pages", layer, "key"), _once(cache, "pages", layer, "value")
+
+
+def _once(cache: vattn.KvCache, kind: str, layer: int, part: Part) -> torch.Tensor:
+    made = _known.setdefault(cache, {})
+    found = made.get((kind, layer, part))
+    if found is None or cache.closed:
+        found = made[kind, layer, part] = tensor(getattr(cache, kind)(layer, part))
+    return found
+
+
+def layer_blocks(cache: vattn.KvCache, part: Part) -> list[torch.Tensor]:
+    """All layers' keys or values, `[layer, slot, head, token, dim]`: one tensor where the layout is sliced, else
+    one for each tensor of the layout. Raw, as `kv` is."""
+    blocks: list[torch.Tensor] = []
+    views = [cache.raw(layer, part) for layer in range(cache.layout.layers)]
+    first = 0
+    while first < len(views):
+        view, last = views[first], first + 1
+        apart = views[last].data_ptr - view.data_ptr if last < len(views) else 0
+        # Layers of one tensor lie at equal distances, and within one token.
+        if 0 < apart < view.strides[1] * view.element_bytes:
+            while last < len(views) and views[last].data_ptr == view.data_ptr + apart * (last - first):
+                last += 1
+        (slots, tokens, heads, width), (slot, token, head, one) = view.shape, view.strides
+        view.shape = (last - first, slots, heads, tokens, width)
+        view.strides = (max(apart // view.element_bytes, 0) if last - first > 1 else 0, slot, head, token, one)
+        blocks.append(tensor(view))
+        first = last
+    return blocks
+
+
+# ---- what kernels ask for ----
+
+
+def _integers(values: Any, device: Device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values.to(device=device, dtype=dtype, non_blocking=True)
+    return torch.tensor(list(values), dtype=dtype, device=device)
+
+
+def cache_batch_idx(slots: Iterable[vattn.Slot] | torch.Tensor, device: Device = None) -> torch.Tensor:
+    """The slots' indices, int32 `[batch]`: FlashAttention's `cache_batch_idx`, which says where in `kv` each
+    sequence of a batch is."""
+    if isinstance(slots, torch.Tensor):
+        return _integers(slots, device)
+    return _integers([slot.index for slot in slots], device)
+
+
+def cache_seqlens(lengths: Iterable[int] | torch.Tensor, device: Device = None) -> torch.Tensor:
+    """Tokens of each sequence, int32 `[batch]`: FlashAttention's `cache_seqlens`, `seqused_k` elsewhere."""
+    return _integers(lengths, device)
+
+
+def cu_seqlens(lengths: Iterable[int] | torch.Tensor, device: Device = None) -> torch.Tensor:
+    """Where each sequence begins in a packed row, int32 `[batch + 1]`: 0, then the sums of the lengths."""
+    counts = _integers(lengths, device)
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """FlashInfer's form of a page table, all int32: the pages of sequence i are
+    `indices[indptr[i]:indptr[i + 1]]`, and its last page holds `last_page_len[i]` tokens."""
+
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    last_page_len: torch.Tensor
+
+
+def identity_page_table(
+    cache: vattn.KvCache,
+    slots: Iterable[vattn.Slot] | torch.Tensor,
+    lengths: Iterable[int] | torch.Tensor | None = None,
+    device: Device = None,
+) -> torch.Tensor:
+    """The pages of each slot, counting upward: int32 `[batch, most pages]` for FlashAttention's and vLLM's paged
+    kernels over `paged_kv`.
+
+    With lengths there are as many columns as the longest sequence has pages; without, as many as a slot has.
+    Columns past a sequence's pages go on counting, and past a slot's last page stay there; kernels read
+    none of them. Lengths on a device are waited for, since the number of columns depends on them.
+    """
+    each = cache.layout.pages_per_slot
+    index = cache_batch_idx(slots, device).long()
+    columns = each if lengths is None else -(-_longest(lengths) // cache.layout.page_tokens)
+    page = torch.arange(columns, device=index.device).clamp_(max=each - 1)
+    return (index[:, None] * each + page).to(torch.int32)
+
+
+def identity_page_csr(
+    cache: vattn.KvCache,
+    slots: Iterable[vattn.Slot] | torch.Tensor,
+    lengths: Iterable[int] | torch.Tensor,
+    device: Device = None,
+) -> PageTable:
+    """The same pages in FlashInfer's form. Lengths on a device are waited for."""
+    tokens, each = cache.layout.page_tokens, cache.layout.pages_per_slot
+    index, counts = cache_batch_idx(slots, device).long(), _integers(lengths, device)
+    pages = (counts + (tokens - 1)) // tokens
+    indptr = cu_seqlens(pages)
+    # Entry j of sequence i is page j - indptr[i] of its slot.
+    indices = torch.repeat_interleave(index * each - indptr[:-1], pages.long())
+    indices += torch.arange(indices.numel(), device=indices.device)
+    return PageTable(indptr, indices.to(torch.int32), counts - (pages - 1).clamp(min=0) * tokens)
+
+
+def _longest(lengths: Iterable[int] | torch.Tensor) -> int:
+    if isinstance(lengths, torch.Tensor):
+        return int(lengths.max()) if lengths.numel() else 0
+    return max(lengths, default=0)
+
+
+# ---- tensors with addresses and no memory ----
+
+_buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
