@@ -84,13 +84,16 @@ def in_python(text: str) -> str:
 
     def name(found: re.Match[str]) -> str:
         kind = CLASSES[found[1]]
+        if found[2] is None:
+            return kind
         made = re.fullmatch(r"create_(host|cuda|ledger|checked)", found[2])
         if made:
             return f"{made[1].capitalize()}Driver"
         verb = METHODS.get(found[2], found[2].removeprefix("create_"))
         return f"{kind}.{verb}" if verb else kind
 
-    return re.sub(rf"\bvattn_({'|'.join(CLASSES)})(?:_(\w+))\b", name, text)
+    text = text.replace("has been destroyed; create another, and keep its handle", "was closed; make another")
+    return re.sub(rf"\bvattn_({'|'.join(CLASSES)})(?:_(\w+))?\b", name, text)
 
 
 def string(ask: Callable[[Any], int]) -> str:
@@ -181,6 +184,24 @@ def give_up_later_ones() -> None:
         destroy(handle)
 
 
+def keep(
+    handle: Any,
+    destroy: Callable[[Any], int],
+    # Bound here, since the end of the interpreter empties modules before the last object is gone.
+    refused: int = errors.InCallback.status,
+    later: Callable[[tuple[Callable[[Any], int], Any]], None] = _later.append,
+) -> Any:
+    """A handle that is given up with the last reference to it, silently, however late that is."""
+
+    def give_up(handle: Any) -> None:
+        if destroy(handle) == refused:
+            later((destroy, handle))
+
+    if _later:
+        give_up_later_ones()
+    return ffi.gc(handle, give_up)
+
+
 class Owned:
     """What has a handle of the library and gives it up when it is closed or forgotten.
 
@@ -209,15 +230,19 @@ class Owned:
 
     def close(self) -> None:
         """Gives it up. What was made from it keeps what it needs of it. Once is enough; twice does nothing."""
+        self._close()
+
+    def _close(self) -> bool:
         watched = self._finalizer.detach()
         if watched is None:
-            return
+            return False
         status = self._destroy(self._handle)
         if status:
             error = failure(status)
             if not isinstance(error, (errors.Forked, errors.InvalidHandle)):
                 self._watch(watched[2][3])
             raise error
+        return True
 
     def __enter__(self: Own) -> Own:
         return self

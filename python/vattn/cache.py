@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from vattn._call import U32, Owned, allocate, check, choice, flag, names, number, size, sized, string
+from vattn._call import U32, Owned, allocate, check, choice, flag, keep, names, number, size, sized, string
 from vattn._native import ffi, lib
 from vattn.drivers import Driver, pointer, verb_number
+from vattn.errors import Error
 from vattn.fences import pack
-from vattn.geometry import Geometry
+from vattn.geometry import DTYPE_NAMES, Geometry
 from vattn.slots import Slot, entries, integers
 from vattn.stats import HEALTH, Bytes, CallStats, Layout, Stats, Tensor, read
-from vattn.views import View, view_of
+from vattn.views import View
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -327,10 +329,72 @@ class KvCache(Owned):
         `s * layout.stride_tokens + t`, in every layer alike. What is said of `raw` holds here."""
         return self._view(lib.vattn_cache_token_view, layer, part)
 
+    def view(self, slot: Slot, layer: int, part: Part = "key", *, tokens: int | None = None) -> View:
+        """A slot's keys or values in a layer: `[token, head, dim]`, of the tokens that are backed now, which are
+        those of the last step and what `tile_tokens` adds to them, or of the first `tokens` of them.
+
+        It is safe: its memory stays where it is while the view lives, or anything that was made from it,
+        through retire, truncate, trim and close. The contents are another matter: once the slot is retired,
+        another request may write there. A slot of no tokens has an empty view.
+        """
+        out, pin = self._struct(lib.vattn_cache_view, layer, part), self._pin(slot)
+        info = sized("vattn_pin_info")
+        check(lib.vattn_pin_describe(pin, info))
+        shape, strides, first = tuple(out.shape), tuple(out.strides), slot.index * out.strides[0]
+        length = info.tokens
+        if tokens is not None:
+            length = number("tokens", tokens)
+            if length > info.tokens:
+                raise ValueError(f"tokens is {length}, and {info.tokens} of the slot are backed; step it first")
+        return self._array(out, pin, (length, *shape[2:]), strides[1:], first)
+
     def _view(self, ask: Any, layer: int, part: Part) -> View:
+        out = self._struct(ask, layer, part)
+        return self._array(out, self._pin(None), tuple(out.shape), tuple(out.strides), 0)
+
+    def _struct(self, ask: Any, layer: int, part: Part) -> Any:
         out = ffi.new("vattn_view *")
         check(ask(self._handle, number("layer", layer, U32), choice("part", part, PARTS), out))
-        return view_of(out, self, touchable=self._driver_name != "ledger")
+        return out
+
+    def _pin(self, slot: Slot | None) -> Any:
+        """What keeps the memory of a slot, or the addresses alone."""
+        out = ffi.new("vattn_pin **")
+        which = ffi.NULL if slot is None else ffi.new("vattn_slot *", _slot(slot))
+        check(lib.vattn_pin_create(self._handle, which, out))
+        return keep(out[0], lib.vattn_pin_destroy)
+
+    def _array(self, out: Any, pin: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> View:
+        return View(
+            pin,
+            data_ptr=int(ffi.cast("uintptr_t", out.data)) + first * out.element_bytes,
+            shape=shape,
+            strides=strides,
+            dtype=DTYPE_NAMES[out.dtype],
+            element_bytes=out.element_bytes,
+            device=(out.device_type, out.device_id),
+            touchable=self._driver_name != "ledger",
+        )
+
+    def close(self) -> None:
+        """Ends the cache: waits for the calls under way and for the fences that were given, and gives
+        everything back.
+
+        What living views of slots cover stays, and the addresses of all tensors, until the last view and
+        whatever was made from one is gone; a `ResourceWarning` says so. A raw view has addresses and no memory
+        from then on.
+        """
+        try:
+            pins, pinned = self.stats().pins, self.bytes().pinned
+        except Error:
+            pins = pinned = 0
+        if self._close() and pins:
+            warnings.warn(
+                f"a vattn.KvCache was closed while {pins} views and tensors of it live: its addresses and {pinned} "
+                "bytes of memory stay until they are gone, and there is no memory behind the raw ones",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         return f"<vattn.KvCache {'closed' if self.closed else self._driver_name}, {self.layout.layers} layers>"

@@ -57,7 +57,7 @@ class Bytes:
     `needed` is what the tokens of the slots in use fill, with no rounding; `mapped` the extents under them;
     `parked` the extents that hold nobody's tokens, `ahead` of them those that were mapped before a step needed
     them; `free_bytes` what is created and mapped nowhere; `quarantined` what the driver would not let go of;
-    `held` all of it; `budget` what may be held at most.
+    `pinned` what of `mapped` views keep; `held` all of it; `budget` what may be held at most.
     """
 
     needed: int
@@ -68,6 +68,7 @@ class Bytes:
     quarantined: int
     held: int
     budget: int
+    pinned: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Stats:
     that still have memory, and how many requests can have. Then steps, slots acquired, adopted (acquired with
     memory in them) and retired; extents reclaimed, resized and mapped ahead; operations rolled back; failures
     in the background, drops that were refused, calls that returned an error; and calls of the driver: all, and
-    those beside the path of requests.
+    those beside the path of requests; and `pins`, the views and tensors of it that are alive.
     """
 
     health: str
@@ -98,6 +99,7 @@ class Stats:
     failures: int
     driver: CallStats
     background: CallStats
+    pins: int
 
 
 @dataclass(frozen=True)

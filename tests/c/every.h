@@ -65,6 +65,7 @@ static inline void every_cache_call_fails(vattn_cache *bad, vattn_slot_tokens en
     int32_t health;
     bool truth;
     char *text;
+    vattn_pin *pin;
     CHECK_FAILS_OUT(status, part, slot, vattn_cache_acquire(bad, 8, &slot));
     CHECK_FAILS_OUT(status, part, slot, vattn_cache_acquire_on(bad, 8, NULL, &slot));
     CHECK_FAILS(status, part, vattn_cache_step(bad, &entry, 1));
@@ -90,7 +91,20 @@ static inline void every_cache_call_fails(vattn_cache *bad, vattn_slot_tokens en
     CHECK_FAILS_OUT(status, part, view, vattn_cache_view(bad, 0, VATTN_KEY, &view));
     CHECK_FAILS_OUT(status, part, view, vattn_cache_paged_view(bad, 0, VATTN_KEY, &view));
     CHECK_FAILS_OUT(status, part, view, vattn_cache_token_view(bad, 0, VATTN_KEY, &view));
+    CHECK_FAILS_OUT(status, part, pin, vattn_pin_create(bad, &entry.slot, &pin));
+    CHECK_FAILS_OUT(status, part, pin, vattn_pin_create(bad, NULL, &pin));
     if (bad != NULL) CHECK_FAILS(status, part, vattn_cache_destroy(bad));
+}
+
+static inline void every_pin_call_fails(vattn_pin *bad, int32_t status, const char *part) {
+    vattn_pin_info info;
+    vattn_array array;
+    void *tensor;
+    SIZED(array);
+    array.dtype = VATTN_DTYPE_F16;
+    CHECK_FAILS_SIZED(status, part, info, vattn_pin_describe(bad, &info));
+    CHECK_FAILS_OUT(status, part, tensor, vattn_pin_dlpack(bad, &array, 1, &tensor));
+    if (bad != NULL) CHECK_FAILS(status, part, vattn_pin_destroy(bad));
 }
 
 /* The functions that take no handle. */
@@ -119,6 +133,7 @@ static inline void every_free_call_fails(int32_t status, const char *part) {
     CHECK_FAILS_OUT(status, part, config, vattn_config_init(&config, sizeof config));
     CHECK_FAILS_OUT(status, part, text, vattn_probe_json(&text));
     CHECK_FAILS(status, part, vattn_string_destroy(NULL));
+    CHECK_FAILS(status, part, vattn_dlpack_destroy(NULL, 1));
     CHECK_FAILS(status, part, vattn_log_set(NULL, NULL, VATTN_LOG_OFF));
 }
 
