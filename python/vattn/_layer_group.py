@@ -70,6 +70,8 @@ class LayerGroup:
         self.shape = shape
         self.layers = layers
         self.open_cache = open_cache
+        #: Which of the model's layers have a place, in order: for whoever gives them out.
+        self.plan: list[int] = []
         self.rows = self.held = self.backed = self.ahead = 0
         #: Tokens seen before and after the forward pass that goes on.
         self.before = self.after = 0
@@ -81,6 +83,8 @@ class LayerGroup:
         self.passes = False
         #: Tokens of the pass that no later one will see.
         self.skipped = 0
+        #: Whether tokens were taken away since, so that a window need keep no more than it sees.
+        self.cropped = False
         self._open(rows)
         self.set_rows(rows)
 
@@ -88,6 +92,7 @@ class LayerGroup:
         self.slots = max(8, 1 << (rows - 1).bit_length())
         self.cache = self.open_cache(self.shape, self.layers, self.slots)
         self.most = self.cache.layout.max_tokens
+        self.budget = self.cache.bytes().budget
         self.ids = sorted((self.cache.acquire() for _ in range(self.slots)), key=lambda slot: slot.index)
         # [layer, slot, head, token, dim], a few tensors where the layout has several.
         self.all_keys = layer_blocks(self.cache, "key")
@@ -101,13 +106,12 @@ class LayerGroup:
         With `keep_all` a window forgets nothing. Where memory is refused nothing is changed.
         """
         reach = None if self.shape.window is None else self.shape.window - 1
-        if reach is not None and not keep_all:
+        if reach is not None and (self.cropped or not keep_all):
             self._forget(reach)
         held = self.held
         kept = count if held or reach is None or keep_all else min(count, reach)
         self.grow(held + kept)
-        self.before = self.after
-        self.after += count
+        self.before, self.after, self.cropped = self.after, self.after + count, False
         self.passes, self.skipped = not held, count - kept
         self.into_keys, self.into_values = self.window(held, kept)
         if held:
@@ -152,8 +156,9 @@ class LayerGroup:
         needed = after if self.shape.window is None else min(after, self.shape.window - 1)
         if self.held - count < needed:
             return False
-        self.shrink(self.held - count)
-        self.before = self.after = after
+        if count:
+            self.shrink(self.held - count)
+        self.before, self.after, self.cropped = after, after, True
         return True
 
     def clear(self) -> None:
@@ -190,6 +195,11 @@ class LayerGroup:
             self.shrink(reach)
             self.cache.trim(0, *fences(self.shape.device))
         self.held = reach
+
+    def set_budget(self, budget: int) -> None:
+        """How many bytes it may hold."""
+        self.cache.set_budget(budget)
+        self.budget = budget
 
     # ---- rows ----
 
@@ -259,7 +269,7 @@ class LayerGroup:
         """Moves into another cache, of the kept layers and with slots for so many rows."""
         new = self.copy_of(kept, rows, self.open_cache)
         self._end()
-        self.__dict__.update(new.__dict__)
+        self.__dict__.update(new.__dict__, plan=self.plan, cropped=self.cropped)
 
     def close(self) -> None:
         """Gives everything back once the device is done with it."""

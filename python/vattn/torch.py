@@ -31,37 +31,40 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 _BITS = {1: ("uint8", torch.uint8), 2: ("float16", torch.float16), 4: ("float32", torch.float32)}
 
-_known: weakref.WeakKeyDictionary[vattn.KvCache, dict[Any, torch.Tensor]] = weakref.WeakKeyDictionary()
-
 
 # ---- tensors over a cache ----
 
 
 def tensor(view: View) -> torch.Tensor:
     """A tensor over the memory of a view, of its shape, strides and type."""
-    bits, plain = _BITS[view.element_bytes]
-    wanted, told = DTYPES[view.dtype], view.dtype
-    # What DLPack may have no name for goes as bits of the same width.
-    view.dtype = bits
-    try:
-        # A tensor made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            made: torch.Tensor = torch.from_dlpack(view) if hasattr(view, "__dlpack__") else _numpy(view)
-            return made.view(wanted) if wanted != plain else made
-    finally:
-        view.dtype = told
+    return _over(view, view.shape, view.strides)
 
 
-def _numpy(view: View) -> torch.Tensor:
-    import numpy
-    return torch.from_numpy(numpy.asarray(view))
+def _over(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over what a view keeps. What DLPack may have no name for goes as bits of the same width."""
+    name, bits = _BITS[view.element_bytes]
+    # A tensor that is made in inference mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        made: torch.Tensor = torch.from_dlpack(
+            View(
+                view._pin,
+                data_ptr=view.data_ptr,
+                shape=shape,
+                strides=strides,
+                dtype=name,
+                element_bytes=view.element_bytes,
+                device=view.__dlpack_device__(),
+                touchable=view._touchable,
+            )
+        )
+        return made if DTYPES[view.dtype] == bits else made.view(DTYPES[view.dtype])
 
 
 def kv(cache: vattn.KvCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's keys and values by slot, `[slot, token, head, dim]` each, `slot.index` first.
 
-    Raw: tokens that no step has asked for must not be touched, not even by printing. Made once for each layer;
-    the same tensors come back every time, and their addresses never change while the cache lives.
+    Raw: tokens that no step has asked for must not be touched, not even by printing. They are made once; the same
+    tensors come back every time, and their addresses never change while the cache lives.
     """
     return _once(cache, "raw", layer, "key"), _once(cache, "raw", layer, "value")
 
@@ -83,11 +86,12 @@ def paged_kv(cache: vattn.KvCache, layer: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _once(cache: vattn.KvCache, kind: str, layer: int, part: Part) -> torch.Tensor:
-    made = _known.setdefault(cache, {})
-    found = made.get((kind, layer, part))
-    if found is None or cache.closed:
-        found = made[kind, layer, part] = tensor(getattr(cache, kind)(layer, part))
-    return found
+    made: torch.Tensor | None = cache._made.get((kind, layer, part))
+    if made is None:
+        made = tensor(getattr(cache, kind)(layer, part))
+        if not cache.closed:
+            cache._made[kind, layer, part] = made
+    return made
 
 
 def layer_blocks(cache: vattn.KvCache, part: Part) -> list[torch.Tensor]:
@@ -103,10 +107,10 @@ def layer_blocks(cache: vattn.KvCache, part: Part) -> list[torch.Tensor]:
         if 0 < apart < view.strides[1] * view.element_bytes:
             while last < len(views) and views[last].data_ptr == view.data_ptr + apart * (last - first):
                 last += 1
-        (slots, tokens, heads, width), (slot, token, head, one) = view.shape, view.strides
-        view.shape = (last - first, slots, heads, tokens, width)
-        view.strides = (max(apart // view.element_bytes, 0) if last - first > 1 else 0, slot, head, token, one)
-        blocks.append(tensor(view))
+        slots, tokens, heads, width = view.shape
+        slot, token, head, one = view.strides
+        layer = apart // view.element_bytes if last - first > 1 else 0
+        blocks.append(_over(view, (last - first, slots, heads, tokens, width), (layer, slot, head, token, one)))
         first = last
     return blocks
 

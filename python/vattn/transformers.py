@@ -15,6 +15,7 @@ Inference only, as `generate` is. Not for several threads at once, as all caches
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"{NEEDED}, and this is transformers {transformers.__version__}: {INSTALL}")
 
 import vattn
+from vattn._call import size
 from vattn._layer_group import LayerGroup, Shape
 from vattn.torch import DTYPE_NAMES
 
@@ -41,8 +43,23 @@ ADDRESSES = 16 << 40
 #: Tokens for which a row has addresses at the least, whatever a model's configuration says.
 LEAST_TOKENS = 131_072
 
+#: The unit of allocation on the processor.
+HOST_GRANULE = "64KiB"
+
 States = tuple[torch.Tensor, torch.Tensor]
 DriverChoice = vattn.Driver | Callable[[torch.device], vattn.Driver] | None
+
+
+def _never_compiled(function: Any) -> Any:
+    reason = (
+        "a VattnCache asks a driver for memory, which a compiled graph can't: compile without fullgraph=True, or use "
+        "a StaticCache"
+    )
+    try:
+        return torch.compiler.disable(function, reason=reason)
+    except TypeError:
+        # PyTorch before 2.7 takes no reason.
+        return torch.compiler.disable(function)
 
 
 class VattnLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
@@ -89,7 +106,7 @@ class VattnLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_initialized(self) -> bool:
-        """Whether it has a place in a group."""
+        """Whether it has a place among layers of its shape."""
         return self.group is not None
 
     @property
@@ -218,6 +235,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
 
     # ---- what a model calls ----
 
+    @_never_compiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> States:
@@ -225,4 +243,282 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         states: States = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         return states
 
-    update = _never_compiled(update)
+    def _begin(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> LayerGroup:
+        """The group of a layer that is the first of it in a forward pass, with room for all of them; or, where
+        the layer is new and the pass goes on already, just the group."""
+        if keys.requires_grad or values.requires_grad:
+            raise RuntimeError(
+                "a VattnCache keeps no gradients: call the model under torch.no_grad() or torch.inference_mode()"
+            )
+        group = layer.group or self._place(layer, keys, values)
+        if layer.length != group.after:
+            return group
+        self._settle(group)
+        rows, heads, count, _ = keys.shape
+        if heads != group.shape.heads:
+            raise ValueError(f"layer {layer.index} came with {heads} heads; it had {group.shape.heads} so far")
+        if rows != group.rows and group.after:
+            raise ValueError(
+                f"a batch of {rows} came to a cache that holds {group.rows} rows of {group.after} tokens; call reset(), "
+                "batch_repeat_interleave() or batch_select_indices() first"
+            )
+        try:
+            if rows != group.rows:
+                group.restart(rows)
+            self._grow(group, count, layer.record_past)
+        except (vattn.OutOfBudget, vattn.OutOfDeviceMemory, vattn.OutOfMappings, vattn.TooManyTokens) as error:
+            raise _explained(error, rows, group.held + count) from error
+        return group
+
+    def _grow(self, group: LayerGroup, count: int, keep_all: bool) -> None:
+        try:
+            group.begin(count, keep_all)
+        except vattn.OutOfBudget:
+            if self.budget is None or len(self.groups) == 1:
+                raise
+            self._share()
+            try:
+                group.begin(count, keep_all)
+            except vattn.OutOfBudget:
+                self._share(group)
+                group.begin(count, keep_all)
+
+    def _share(self, needy: LayerGroup | None = None) -> None:
+        """Deals the budget out anew among groups on one device: to each what it needs, and the rest to one of
+        them, or to all alike."""
+        device = (needy or self.groups[0]).shape.device
+        groups = [group for group in self.groups if group.shape.device == device]
+        needed = [group.cache.bytes_for(group.held) * group.rows for group in groups]
+        rest = max(size("budget", self.budget) - sum(needed), 0)
+        wanted = [
+            need + (rest // len(groups) if needy is None else rest if group is needy else 0)
+            for group, need in zip(groups, needed, strict=True)
+        ]
+        # Those that give come first.
+        for group, budget in sorted(zip(groups, wanted, strict=True), key=lambda pair: pair[1] - pair[0].budget):
+            group.set_budget(budget)
+
+    # ---- groups ----
+
+    def _place(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> LayerGroup:
+        """Gives a layer its place among layers of its shape."""
+        shape = self._shape(layer, keys, values)
+        for group in self.groups:
+            # A place in a group that made one pass already would lack that pass's tokens.
+            if group.shape == shape and group.before == 0 and layer.index in group.plan:
+                break
+        else:
+            plan = [
+                other.index
+                for other in self.layers
+                if isinstance(other, VattnLayer)
+                and (other is layer or (other.group is None and self._alike(other, layer)))
+            ]
+            group = LayerGroup(shape, len(plan), keys.shape[0], self._open)
+            group.plan = plan
+            self.groups.append(group)
+        layer.group, layer.at = group, group.plan.index(layer.index)
+        return group
+
+    def _alike(self, one: VattnLayer, other: VattnLayer) -> bool:
+        """Whether two layers will have one shape and one place, as far as the model's configuration says."""
+        hint = self._hints[one.index]
+        return hint is not None and one.window == other.window and hint == self._hints[other.index]
+
+    def _shape(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> Shape:
+        if keys.dtype not in DTYPE_NAMES:
+            kinds = ", ".join(DTYPE_NAMES.values())
+            raise TypeError(f"layer {layer.index} has states of {keys.dtype}; a VattnCache keeps {kinds}: load the model in one of them")
+        if keys.dim() != 4 or values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
+            raise TypeError(
+                f"layer {layer.index} has keys {list(keys.shape)} of {keys.dtype} and values {list(values.shape)} of "
+                f"{values.dtype}; both have to be [batch, head, token, dim], alike but for dim: use a DynamicCache"
+            )
+        return Shape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device, layer.window)
+
+    def _settle(self, group: LayerGroup) -> None:
+        """After its first pass: gives up places of layers that turned out to be elsewhere, or nowhere."""
+        joined = [layer for layer in self.layers if getattr(layer, "group", None) is group]
+        if len(joined) == len(group.plan) or not group.after:
+            return
+        group.move([layer.at for layer in joined], group.rows)
+        group.plan = [layer.index for layer in joined]
+        for at, layer in enumerate(joined):
+            layer.at = at
+
+    def _open(self, shape: Shape, layers: int, slots: int) -> vattn.KvCache:
+        """A cache for so many layers and rows."""
+        if shape.device not in self._drivers:
+            self._drivers[shape.device] = self._driver(shape.device)
+        driver = self._drivers[shape.device]
+        tokens = self.max_tokens
+        if tokens is None:
+            wanted = max(int(getattr(self.config, "max_position_embeddings", 0) or 0), LEAST_TOKENS)
+            row = layers * shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
+            tokens = max(min(wanted, ADDRESSES // (slots * row)), 1)
+        budget = driver.memory().total if self.budget is None else self.budget
+        return vattn.KvCache(
+            shape.geometry(layers), driver, budget=budget, max_tokens=tokens, max_slots=slots, **self.options
+        )
+
+    def _driver(self, device: torch.device) -> vattn.Driver:
+        if callable(self.driver):
+            return self.driver(device)
+        if self.driver is not None:
+            return self.driver
+        if device.type == "cuda":
+            return vattn.CudaDriver(device.index)
+        if device.type == "cpu":
+            return vattn.HostDriver(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), granule=HOST_GRANULE)
+        raise TypeError(f"the model is on {device}, and a VattnCache can be on cuda or cpu: use a DynamicCache")
+
+    # ---- what generation calls ----
+
+    def _own(self) -> Iterator[VattnLayer]:
+        return (layer for layer in self.layers if isinstance(layer, VattnLayer))
+
+    def _others(self) -> Iterator[Any]:
+        return (layer for layer in self.layers if not isinstance(layer, VattnLayer))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens of every row away: `-n` takes n. A number above 0 is how many stay, as in older
+        releases of transformers. Their memory stays mapped for the next ones."""
+        for layer in self._others():
+            layer.crop(tokens_to_remove)
+        for group in self.groups:
+            count = -tokens_to_remove if tokens_to_remove <= 0 else max(group.after - tokens_to_remove, 0)
+            if not group.crop(min(count, group.after)):
+                raise RuntimeError(
+                    f"{count} tokens can't be taken from a window of {group.shape.window} that has forgotten what was "
+                    "before them: call activate_past_recording() before the forward pass that adds them"
+                )
+        for layer in self._own():
+            layer.length = 0 if layer.group is None else layer.group.after
+
+    def reset(self) -> None:
+        """Forgets all tokens. Memory stays for the next ones; `close` gives it back."""
+        for layer in self._others():
+            layer.reset()
+        for group in self.groups:
+            group.clear()
+        for layer in self._own():
+            layer.length = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was, in place: rows that stay are not touched."""
+        for layer in self._others():
+            layer.reorder_cache(beam_idx)
+        if any(group.held for group in self.groups):
+            self._rearrange(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes `repeats` rows beside each other."""
+        for layer in self._others():
+            layer.batch_repeat_interleave(repeats)
+        for group in self.groups:
+            group.rearrange([row for row in range(group.rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows, in this order: indices, or a truth for each row. The others' memory is kept for rows
+        that come."""
+        for layer in self._others():
+            layer.batch_select_indices(indices)
+        if self.groups:
+            self._rearrange(torch.arange(self.groups[0].rows, device=indices.device)[indices].tolist())
+
+    def _rearrange(self, sources: Sequence[int]) -> None:
+        for group in self.groups:
+            group.rearrange(sources)
+
+    def bytes_held(self) -> int:
+        """Bytes of physical memory that it holds now, on all devices."""
+        return sum(group.cache.bytes().held for group in self.groups)
+
+    # ---- its life ----
+
+    def close(self) -> None:
+        """Gives all memory back, once the current stream is done with it, and forgets all tokens. Used again, it
+        begins anew."""
+        self.reset()
+        for layer in self._own():
+            layer.group = None
+        groups, self.groups = self.groups, []
+        for group in groups:
+            group.close()
+
+    def __enter__(self) -> VattnCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        for group in self.__dict__.get("groups", ()):
+            group.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VattnCache:
+        """A cache of its own with the same tokens, as for a prompt that is used many times."""
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.groups = [group.copy_of(range(group.layers), group.rows, new._open) for group in self.groups]
+        for group, old in zip(new.groups, self.groups, strict=True):
+            group.plan = list(old.plan)
+        new.layers = []
+        for layer in self.layers:
+            if isinstance(layer, VattnLayer):
+                twin = copy.copy(layer)
+                twin.cache = new
+                twin.group = None if layer.group is None else new.groups[self.groups.index(layer.group)]
+                new.layers.append(twin)
+            else:
+                new.layers.append(copy.deepcopy(layer, memo))
+        return new
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a VattnCache belongs to its process and can't be pickled; copy.deepcopy makes another one")
+
+
+def _layers(cache: VattnCache, config: Any) -> list[Any]:
+    """The layers that transformers would make, with those that keep every token or a window of them replaced."""
+    layers: list[Any] = []
+    for index, layer in enumerate(cache_utils.DynamicCache(config=config).layers):
+        if type(layer) is cache_utils.DynamicLayer:
+            layers.append(VattnLayer(cache, index))
+        elif type(layer) is cache_utils.DynamicSlidingWindowLayer:
+            layers.append(VattnWindowLayer(cache, index, layer.sliding_window))
+        else:
+            layers.append(layer)
+    return layers
+
+
+def _hints(model: Any, config: Any) -> list[Any]:
+    """For each layer what says which others it is like: heads, width and device. None for one without tokens of
+    its own."""
+    count = config.num_hidden_layers
+    each = getattr(config, "per_layer_config", None) or [config] * count
+    own = count - int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    places: dict[int, Any] = {}
+    for name, device in (getattr(model, "hf_device_map", None) or {}).items():
+        if found := re.search(r"\.(\d+)$", name):
+            places[int(found[1])] = device
+    return [
+        (getattr(layer, "num_key_value_heads", None), getattr(layer, "head_dim", None), places.get(index))
+        if index < own
+        else None
+        for index, layer in enumerate(each)
+    ]
+
+
+def _explained(error: vattn.Error, rows: int, tokens: int) -> vattn.Error:
+    """The same error with what it means here, and the cure."""
+    cure = {
+        vattn.OutOfBudget: "give VattnCache a larger budget=, or generate with fewer rows or tokens",
+        vattn.TooManyTokens: "give VattnCache a larger max_tokens=",
+        vattn.OutOfMappings: "raise vm.max_map_count, or generate with fewer rows",
+    }.get(type(error), "generate with fewer rows or tokens, or close what else holds the device's memory")
+    said = type(error)(f"{rows} rows of {tokens} tokens can't be held; {cure}. {error.message}")
+    said.verb, said.driver_code = error.verb, error.driver_code
+    said.driver_name, said.driver_bytes = error.driver_name, error.driver_bytes
+    return said
