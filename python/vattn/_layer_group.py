@@ -11,8 +11,9 @@ transformers.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 
@@ -32,6 +33,7 @@ MOVES = 4
 
 Blocks = list[torch.Tensor]
 Views = Sequence[torch.Tensor]
+Turn = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,9 @@ class LayerGroup:
         self.rows = self.held = self.backed = self.ahead = 0
         #: Tokens seen before and after the forward pass that goes on.
         self.before = self.after = 0
-        #: Where the pass writes, and what it sees; a pass over nothing sees what it was given.
-        self.into_keys: Views = ()
-        self.into_values: Views = ()
-        self.seen_keys: Views = ()
-        self.seen_values: Views = ()
-        self.passes = False
+        #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing was
+        #: there before.
+        self.turn: list[Turn] = []
         #: Tokens of the pass that no later one will see.
         self.skipped = 0
         #: Whether tokens were taken away since, so that a window need keep no more than it sees.
@@ -112,13 +111,12 @@ class LayerGroup:
         kept = count if held or reach is None or keep_all else min(count, reach)
         self.grow(held + kept)
         self.before, self.after, self.cropped = self.after, self.after + count, False
-        self.passes, self.skipped = not held, count - kept
-        self.into_keys, self.into_values = self.window(held, kept)
+        self.skipped = count - kept
+        seen: tuple[Iterable[torch.Tensor | None], Iterable[torch.Tensor | None]] = repeat(None), repeat(None)
         if held:
             past = held if reach is None else min(held, reach)
-            self.seen_keys, self.seen_values = self.window(held - past, past + count)
-        else:
-            self.seen_keys = self.seen_values = ()
+            seen = self.window(held - past, past + count)
+        self.turn = list(zip(*self.window(held, kept), *seen, strict=False))
 
     def grow(self, tokens: int) -> None:
         """Every row holds that many tokens, with memory for all of them, or nothing is changed."""
@@ -169,15 +167,12 @@ class LayerGroup:
     def shrink(self, tokens: int) -> None:
         """Every row holds that many tokens and no more; the others' memory stays mapped for the next ones."""
         self.held = tokens
-        self._end_pass()
+        self.turn = []
         if tokens < self.backed:
             done = fences(self.shape.device)
             for slot in self.ids[: self.rows]:
                 self.cache.truncate(slot, tokens, *done)
             self.backed, self.ahead = tokens, 0
-
-    def _end_pass(self) -> None:
-        self.into_keys = self.into_values = self.seen_keys = self.seen_values = ()
 
     def _forget(self, reach: int) -> None:
         """Moves what will be seen to the front, once enough of what is before it never will be."""
@@ -226,7 +221,7 @@ class LayerGroup:
     def rearrange(self, sources: Sequence[int]) -> None:
         """Row i becomes what row `sources[i]` was, in place; rows may come and go."""
         old, new = self.rows, len(sources)
-        self._end_pass()
+        self.turn = []
         if new > self.slots:
             self.move(range(self.layers), new)
         if new > old:
@@ -280,7 +275,7 @@ class LayerGroup:
         done = fences(self.shape.device)
         for slot in self.ids[: self.rows]:
             self.cache.retire(slot, *done)
-        self._end_pass()
+        self.turn = []
         self.keys, self.values, self.all_keys, self.all_values = [], [], [], []
         self.cache.close()
 

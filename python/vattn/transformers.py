@@ -80,24 +80,8 @@ class VattnLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
         """Takes new tokens, `[batch, head, token, dim]`, and returns all that attention is to see."""
-        group = self.group
-        if group is None or self.length == group.after:
-            group = self.cache._begin(self, key_states, value_states)
-        elif self.length != group.before:
-            raise RuntimeError(
-                f"layer {self.index} holds {self.length} tokens and others of its forward pass {group.before}: an "
-                "earlier pass ended half way; call crop() or reset()"
-            )
-        at = self.at
-        self.length = group.after
-        if group.passes:
-            # Nothing was there: attention may as well read what was given.
-            group.into_keys[at].copy_(key_states[:, :, group.skipped :])
-            group.into_values[at].copy_(value_states[:, :, group.skipped :])
-            return key_states, value_states
-        group.into_keys[at].copy_(key_states)
-        group.into_values[at].copy_(value_states)
-        return group.seen_keys[at], group.seen_values[at]
+        states: States = self.cache.update(key_states, value_states, self.index)
+        return states
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Gives it a place among layers of its shape; the tokens are not taken."""
@@ -232,6 +216,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         self._drivers: dict[torch.device, vattn.Driver] = {}
         self._hints = _hints(model, config)
         super().__init__(layers=_layers(self, config))
+        self._fast = [layer if isinstance(layer, VattnLayer) else None for layer in self.layers]
 
     # ---- what a model calls ----
 
@@ -240,8 +225,30 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> States:
         """Takes a layer's new tokens, `[batch, head, token, dim]`, and returns all that attention is to see."""
-        states: States = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        return states
+        layer = self._fast[layer_idx]
+        if layer is None:
+            states: States = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return states
+        group = layer.group
+        if group is None or layer.length == group.after:
+            group = self._begin(layer, key_states, value_states)
+        elif layer.length != group.before:
+            raise RuntimeError(
+                f"layer {layer_idx} holds {layer.length} tokens and others of its forward pass {group.before}: an "
+                "earlier pass ended half way; call crop() or reset()"
+            )
+        layer.length = group.after
+        into_keys, into_values, seen_keys, seen_values = group.turn[layer.at]
+        if group.skipped:
+            into_keys.copy_(key_states[:, :, group.skipped :])
+            into_values.copy_(value_states[:, :, group.skipped :])
+        else:
+            into_keys.copy_(key_states)
+            into_values.copy_(value_states)
+        if seen_keys is None:
+            # Nothing was there: attention may as well read what was given.
+            return key_states, value_states
+        return seen_keys, seen_values
 
     def _begin(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> LayerGroup:
         """The group of a layer that is the first of it in a forward pass, with room for all of them; or, where
@@ -474,6 +481,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
                 new.layers.append(twin)
             else:
                 new.layers.append(copy.deepcopy(layer, memo))
+        new._fast = [layer if isinstance(layer, VattnLayer) else None for layer in new.layers]
         return new
 
     def __reduce__(self) -> Any:
