@@ -1519,6 +1519,13 @@ vattn_status vattn_pin_dlpack(const vattn_pin *pin,
 /// - `tensor` is NULL, or one that `vattn_pin_dlpack` made, whose deleter was not called.
 vattn_status vattn_dlpack_destroy(void *tensor, uint32_t version_major);
 
+/// The destructor of a Python capsule that has a tensor of `vattn_pin_dlpack`, for `PyCapsule_New`: deletes the
+/// tensor, unless a consumer has taken it over and renamed the capsule. NULL is no error.
+///
+/// # Safety
+/// - `capsule` is NULL, or Python's, and the thread holds the interpreter's lock.
+void vattn_dlpack_capsule_destroy(void *capsule);
+
 /// Gives a pin up: what it alone kept holds nobody's tokens from now on, and is unmapped as what a retired slot
 /// leaves is, after the fences that were given for it. The device is done with what was launched on it, unless
 /// a fence that is given later covers that. Of a cache that was destroyed it is given back here, and what was

@@ -3,8 +3,8 @@
  * library is linked as for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences,
  * threads, kernels. What holds there holds here; this is what is different:
  *
- * - Geometry, Driver and Cache own a handle: they can be moved and not copied. One that was moved from is
- *   empty, and an empty one refuses every call with Status::InvalidArgument.
+ * - Geometry, Driver, Cache and Pin own a handle: they can be moved and not copied. One that was moved from
+ *   is empty, and an empty one refuses every call with Status::InvalidArgument.
  * - A call that fails throws an Error. It has the status, the text and the driver's own code. What a server
  *   goes on from has a class of its own: OutOfBudget, OutOfDeviceMemory, NoFreeSlot, StaleSlot, Unsupported,
  *   Broken. A call that throws has changed nothing. Destructors throw nothing.
@@ -216,6 +216,8 @@ using Stats = vattn_stats;
 using CallStats = vattn_call_stats;
 /// What is alive of a driver's.
 using Live = vattn_live;
+/// What a pin keeps: tokens, and bytes of physical memory.
+using PinInfo = vattn_pin_info;
 
 // ---- errors ----
 
@@ -559,7 +561,7 @@ private:
 
 // ---- handles ----
 
-/// What Geometry, Driver and Cache have in common: they own a handle of C, or are empty.
+/// What Geometry, Driver, Cache and Pin have in common: they own a handle of C, or are empty.
 template <class C, vattn_status (*Destroy)(C*)>
 class Handle {
 public:
@@ -1240,6 +1242,106 @@ private:
     vattn_view view_;
 };
 
+// ---- pins ----
+
+/// A DLPack tensor that nobody has taken over yet: whoever does calls release(), and its deleter in the end.
+/// It can be moved and not copied.
+class DlpackTensor {
+public:
+    /// None.
+    DlpackTensor() noexcept = default;
+
+    /// Takes over what vattn_pin_dlpack made with that version.
+    DlpackTensor(void* tensor, std::uint32_t version_major) noexcept
+        : tensor_(tensor), version_major_(version_major) {}
+
+    /// Leaves `from` empty.
+    DlpackTensor(DlpackTensor&& from) noexcept
+        : tensor_(from.release()), version_major_(from.version_major_) {}
+
+    /// Gives up what this has, and leaves `from` empty.
+    DlpackTensor& operator=(DlpackTensor&& from) noexcept {
+        const std::uint32_t version_major = from.version_major_;
+        drop(std::exchange(tensor_, from.release()), version_major_);
+        version_major_ = version_major;
+        return *this;
+    }
+
+    DlpackTensor(const DlpackTensor&) = delete;
+    DlpackTensor& operator=(const DlpackTensor&) = delete;
+
+    /// Calls the deleter of a tensor that nobody took over.
+    ~DlpackTensor() { drop(tensor_, version_major_); }
+
+    /// The `DLManagedTensor`, or the `DLManagedTensorVersioned` of version 1. It stays this object's.
+    [[nodiscard]] void* get() const noexcept { return tensor_; }
+
+    /// Whether there is a tensor.
+    [[nodiscard]] explicit operator bool() const noexcept { return tensor_ != nullptr; }
+
+    /// Which of the two it is: 0 or 1.
+    [[nodiscard]] std::uint32_t version_major() const noexcept { return version_major_; }
+
+    /// Gives the tensor away: whoever takes it calls its deleter. This is empty afterwards.
+    [[nodiscard]] void* release() noexcept { return std::exchange(tensor_, nullptr); }
+
+private:
+    static void drop(void* tensor, std::uint32_t version_major) noexcept {
+        if (tensor != nullptr) {
+            static_cast<void>(vattn_dlpack_destroy(tensor, version_major));
+        }
+    }
+
+    void* tensor_ = nullptr;
+    std::uint32_t version_major_ = 1;
+};
+
+/// Keeps memory mapped at its addresses, and addresses reserved, for as long as it lives: Cache::pin. It may
+/// outlive its cache.
+class Pin : public Handle<vattn_pin, vattn_pin_destroy> {
+public:
+    /// None yet.
+    Pin() noexcept = default;
+
+    /// Takes over a handle of C.
+    explicit Pin(vattn_pin* handle) noexcept : Handle(handle) {}
+
+    /// What it keeps.
+    [[nodiscard]] PinInfo info() const {
+        auto info = detail::sized<PinInfo>();
+        detail::check(vattn_pin_describe(get(), &info));
+        return info;
+    }
+
+    /// A DLPack tensor of an array in what its object reserves, as a pin of its own. Shape and strides are in
+    /// elements; without strides the elements lie side by side.
+    ///
+    /// Throws InvalidArgument for an array that reaches beyond what is reserved.
+    [[nodiscard]] DlpackTensor dlpack(void* data, Dtype dtype, Span<const std::int64_t> shape,
+                                      Span<const std::int64_t> strides = {},
+                                      std::uint32_t version_major = 1) const {
+        if (!strides.empty() && strides.size() != shape.size()) {
+            detail::refuse("vattn::Pin::dlpack: there are " + std::to_string(strides.size()) +
+                           " strides for a shape of " + std::to_string(shape.size()) +
+                           " dimensions; pass as many, or none");
+        }
+        auto array = detail::sized<vattn_array>();
+        array.data = data;
+        array.dtype = static_cast<std::int32_t>(dtype);
+        array.ndim = shape.size() > UINT32_MAX ? UINT32_MAX : static_cast<std::uint32_t>(shape.size());
+        array.shape = shape.data();
+        array.strides = strides.empty() ? nullptr : strides.data();
+        void* made = nullptr;
+        detail::check(vattn_pin_dlpack(get(), &array, version_major, &made));
+        return DlpackTensor(made, version_major);
+    }
+
+    /// The same of a whole view, of four dimensions. What of it is not backed must not be touched.
+    [[nodiscard]] DlpackTensor dlpack(const View& view, std::uint32_t version_major = 1) const {
+        return dlpack(view.data(), view.dtype(), view.shape(), view.strides(), version_major);
+    }
+};
+
 // ---- caches ----
 
 /// A KV cache. Any thread may call any method at any time; moving and destroying it are for one alone.
@@ -1414,7 +1516,7 @@ public:
     /// the fences of what is unmapped are waited for.
     ///
     /// Throws InvalidConfig for a budget that the constructor would refuse, OutOfBudget where slots in use
-    /// need more, and the driver's refusals. The old budget stays.
+    /// and pins need more, and the driver's refusals. The old budget stays.
     void set_budget(std::uint64_t budget) { detail::check(vattn_cache_set_budget(get(), budget)); }
 
     /// Does, on the calling thread, what the mapper would do by now: with Background::Caller, once an
@@ -1433,6 +1535,24 @@ public:
     /// Throws what a call of the driver in the background failed with since the last flush. Nothing is lost
     /// by it.
     void flush() { detail::check(vattn_cache_flush(get())); }
+
+    /// Keeps what backs the slot's tokens now mapped where it is, for as long as the pin lives: through
+    /// retire, truncate, reclaim, trim, a smaller budget, adoption by another request, and the end of this
+    /// cache. Its contents are not kept: whoever has the slot writes there.
+    ///
+    /// Throws StaleSlot; Error of ForeignSlot, SlotBusy.
+    [[nodiscard]] Pin pin(const Slot& slot) const {
+        vattn_pin* made = nullptr;
+        detail::check(vattn_pin_create(get(), &slot, &made));
+        return Pin(made);
+    }
+
+    /// Keeps the addresses of all tensors reserved, and no memory.
+    [[nodiscard]] Pin pin_addresses() const {
+        vattn_pin* made = nullptr;
+        detail::check(vattn_pin_create(get(), nullptr, &made));
+        return Pin(made);
+    }
 
     /// Whether it can be trusted with more work.
     [[nodiscard]] Health health() const {

@@ -45,6 +45,7 @@ from vattn.errors import (
 from vattn.fences import IDLE, Event, Fence, Stream
 from vattn.geometry import Geometry, Layers
 from vattn.library import __version__, cuda_device, cuda_devices, probe
+from vattn.log import flush_logging, set_logging
 from vattn.slots import Batch, Slot
 from vattn.stats import Bytes, CallStats, CudaDevice, Layout, Live, Memory, Stats, Tensor
 from vattn.views import View
@@ -102,6 +103,8 @@ __all__ = [
     "__version__",
     "cuda_device",
     "cuda_devices",
+    "flush_logging",
     "plan",
     "probe",
+    "set_logging",
 ]

@@ -118,12 +118,13 @@ def integers(name: str, value: Any) -> list[int]:
     """Whole numbers from 0 to 2^64 - 1: a list, or a buffer of one dimension of integers."""
     view = None if isinstance(value, str | bytes | bytearray) else _buffer(value)
     if view is not None:
-        if view.ndim != 1 or view.format.lstrip("@=<") not in WHOLE:
+        kind = view.format.lstrip("@=<")
+        if view.ndim != 1 or kind not in WHOLE:
             raise TypeError(
                 f"{name} is a buffer of {view.ndim} dimensions and format {view.format!r}; "
                 "it has to be of one dimension and of integers"
             )
-        numbers = list(view.cast("B").cast(view.format.lstrip("@=<")) if view.contiguous else _strided(view))
+        numbers = list(struct.unpack(f"@{len(view)}{kind}", view.tobytes()))
     elif isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
         raise TypeError(f"{name} is {value!r}; it has to be a list or a buffer of whole numbers")
     else:
@@ -132,11 +133,6 @@ def integers(name: str, value: Any) -> list[int]:
         if type(whole) is not int or not 0 <= whole <= U64:
             numbers[place] = number(f"{name}[{place}]", whole)
     return numbers
-
-
-def _strided(view: memoryview) -> list[int]:
-    kind = view.format.lstrip("@=<")
-    return list(memoryview(view.tobytes()).cast(kind))
 
 
 def entries(first: Any, lengths: Any, live: Live) -> tuple[Any, int]:
@@ -182,7 +178,8 @@ def slots(value: Any, live: Live) -> list[Slot]:
 def _from_buffer(view: memoryview) -> tuple[Any, int]:
     if not view.c_contiguous:
         raise TypeError("entries is a buffer with gaps; give one that is contiguous")
-    whole = view.itemsize == ENTRY or view.itemsize == 1 or (view.ndim == 2 and view.shape[1] * view.itemsize == ENTRY)
+    row = view.itemsize * (view.shape or (1,))[-1] if view.ndim == 2 else view.itemsize
+    whole = row == ENTRY or view.itemsize == 1
     if not whole or view.nbytes % ENTRY:
         raise TypeError(
             f"entries is a buffer of {view.nbytes} bytes in items of {view.itemsize}; an entry has {ENTRY} bytes: "

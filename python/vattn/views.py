@@ -7,7 +7,6 @@ are the library's own, so that whoever drops the last one needs no Python for it
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 from vattn._call import check, names, sized
@@ -179,32 +178,9 @@ class View:
         return f"<vattn.View {list(self.shape)} of {self.dtype} on {self.device}>"
 
 
-def _python(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of Python's C interface, apart from what others declare it to be."""
-    return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
-
-
-_capsule = _python("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-
-
-def _destructor() -> Any:
-    """Deletes the tensor of a capsule that nobody took over.
-
-    What it needs is bound to it, and it is never freed: a capsule may be the last object of the interpreter.
-    """
-    named = _python("PyCapsule_IsValid", ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
-    pointer = _python("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
-    destroy: Callable[[Any, int], int] = lib.vattn_dlpack_destroy
-    cast, capsules = ffi.cast, CAPSULES
-
-    @ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-    def delete(capsule: int) -> None:
-        for version, name in enumerate(capsules):
-            if named(capsule, name):
-                destroy(cast("void *", pointer(capsule, name)), version)
-
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(delete))
-    return ctypes.cast(delete, ctypes.c_void_p)
-
-
-_unconsumed = _destructor()
+# Functions of Python's C interface, apart from what others declare them to be.
+_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+# The library's own: no Python can run while an exception is on its way, as when a consumer has failed.
+_unconsumed = int(ffi.cast("uintptr_t", ffi.addressof(lib, "vattn_dlpack_capsule_destroy")))

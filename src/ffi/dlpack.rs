@@ -12,6 +12,7 @@ use super::args;
 use super::driver;
 use super::entry::{Failure, in_callback, plain};
 use super::fork;
+use super::log;
 use super::pin::PinObject;
 use super::status::vattn_status::VATTN_FORKED;
 use crate::error::Result;
@@ -289,10 +290,11 @@ unsafe extern "C" fn delete<M: Form>(managed: *mut M) {
             Box::from_raw(kept)
         };
         let pin = kept.pin;
-        if !in_callback() {
+        if !in_callback() && !log::is_heard() {
             return drop(pin);
         }
-        // This thread may hold locks of the cache that giving the pin up takes.
+        // Giving the pin up takes locks of the cache. This thread may hold them; or another one does, in a log
+        // callback, and waits for a lock of the program's that this thread holds, such as an interpreter's.
         let pin = ManuallyDrop::new(pin);
         let given_up = std::thread::Builder::new().spawn(move || drop(ManuallyDrop::into_inner(pin)));
         if let Err(error) = given_up {

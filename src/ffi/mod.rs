@@ -18,7 +18,7 @@
 //! | `library.rs` | versions, what this machine offers, strings |
 //! | `log.rs` | who is told what the library logs |
 //! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs`, `pin.rs` | one object of C each |
-//! | `dlpack.rs` | arrays over pinned memory, as other libraries take them |
+//! | `dlpack.rs`, `capsule.rs` | arrays over pinned memory, as other libraries take them; Python's capsules of them |
 //! | `layout.rs`, `stats.rs` | structs that are filled for C |
 //! | `testing.rs` | drivers that fail on demand, fences that are fired by hand |
 //!
@@ -31,6 +31,7 @@
 
 mod args;
 mod cache;
+mod capsule;
 mod config;
 mod dlpack;
 mod driver;

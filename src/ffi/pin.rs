@@ -4,8 +4,9 @@ use std::ffi::c_void;
 
 use super::args;
 use super::cache::{vattn_cache, vattn_slot};
+use super::capsule;
 use super::dlpack::{self, Array};
-use super::entry::{enter, on_cache};
+use super::entry::{enter, on_cache, plain};
 use super::geometry::element;
 use super::handle::PINS;
 use super::status::vattn_status;
@@ -180,6 +181,19 @@ pub unsafe extern "C" fn vattn_dlpack_destroy(tensor: *mut c_void, version_major
     enter("vattn_dlpack_destroy", || {
         // SAFETY: as the caller promises.
         unsafe { dlpack::destroy(tensor, version_major) }
+    })
+}
+
+/// The destructor of a Python capsule that has a tensor of `vattn_pin_dlpack`, for `PyCapsule_New`: deletes the
+/// tensor, unless a consumer has taken it over and renamed the capsule. NULL is no error.
+///
+/// # Safety
+/// - `capsule` is NULL, or Python's, and the thread holds the interpreter's lock.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vattn_dlpack_capsule_destroy(capsule: *mut c_void) {
+    plain((), || {
+        // SAFETY: as the caller promises.
+        unsafe { capsule::destroy(capsule) }
     })
 }
 

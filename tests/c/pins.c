@@ -126,6 +126,7 @@ static void tensors(const world *made) {
     CHECK(((dl_versioned *)unused)->tensor.strides[2] == 1);
     CHECK_OK(vattn_dlpack_destroy(unused, 1));
     CHECK_OK(vattn_dlpack_destroy(NULL, 0));
+    vattn_dlpack_capsule_destroy(NULL);
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "version_major is 2", vattn_dlpack_destroy(old, 2));
     CHECK_OK(vattn_pin_destroy(pin));
     CHECK_OK(vattn_cache_retire(made->cache, entry.slot, &idle, 1));

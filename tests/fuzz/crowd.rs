@@ -99,6 +99,14 @@ impl World {
                 }
             }
         }
+        for pin in other.pins.iter_mut() {
+            pin.kept.base = base(pin.kept.base);
+        }
+        for tensor in other.tensors.iter_mut() {
+            tensor.kept.base = base(tensor.kept.base);
+        }
+        self.pins.append(&mut other.pins);
+        self.tensors.append(&mut other.tensors);
         self.strings.append(&mut other.strings);
         self.dead.append(&mut other.dead);
         let dead = &self.dead;
@@ -130,12 +138,14 @@ impl World {
     /// drivers have it all back.
     pub(crate) fn end_all(&mut self, wild: bool) {
         self.settle_streams();
+        self.end_pins(2);
         for cache in std::mem::take(&mut self.caches) {
             let status = call!(self, vattn_cache_destroy(handle(cache.handle)));
             let gone = wild && status == VATTN_INVALID_HANDLE;
             assert!(status == VATTN_OK || gone, "{status:?}: {}", self.voice.last());
             self.dead.push(cache.handle);
         }
+        self.end_pins(0);
         for driver in std::mem::take(&mut self.drivers) {
             self.check_driver(&driver);
             let status = call!(self, vattn_driver_destroy(handle(driver.handle)));
@@ -197,9 +207,10 @@ impl World {
                     ffi::vattn_cache_destroy(handle(dead)),
                     ffi::vattn_driver_destroy(handle(dead)),
                     ffi::vattn_geometry_destroy(handle(dead)),
+                    ffi::vattn_pin_destroy(handle(dead)),
                 ]
             };
-            assert_eq!(again, [VATTN_INVALID_HANDLE; 3], "{dead:#x} is alive in the end");
+            assert_eq!(again, [VATTN_INVALID_HANDLE; 4], "{dead:#x} is alive in the end");
         }
     }
 }

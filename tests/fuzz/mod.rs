@@ -10,7 +10,7 @@
 //! | `voice.rs` | what holds for every call: the last error, the count, the watch on calls that hang |
 //! | `room.rs` | outputs that must stay untouched; what is wrong with a call's arguments |
 //! | `world.rs` | the model, and the verdict on a call |
-//! | `objects.rs`, `drivers.rs`, `making.rs`, `slots.rs`, `asking.rs` | the calls |
+//! | `objects.rs`, `drivers.rs`, `making.rs`, `slots.rs`, `pins.rs`, `asking.rs` | the calls |
 //! | `contents.rs` | whose bytes are where |
 //! | `crowd.rs` | several threads at once, and the end of everything |
 
@@ -20,6 +20,7 @@ mod crowd;
 mod drivers;
 mod making;
 mod objects;
+mod pins;
 mod room;
 mod slots;
 mod source;
@@ -69,7 +70,7 @@ impl World {
             return;
         }
         let is_unused = self.caches.iter().all(|cache| cache.slots.is_empty());
-        match s.below(128) {
+        match s.below(140) {
             53..=108 if is_unused && !s.one_in(16) => self.acquire(s),
             0..=3 => self.library(s),
             4..=6 if self.geometries.len() < 5 => self.geometry_create(s),
@@ -102,6 +103,11 @@ impl World {
             115..=118 => self.tend(s),
             119 => self.flush(s),
             120..=123 => self.view(s),
+            128..=131 if self.pins.len() < 12 => self.pin_create(s),
+            128..=132 => self.pin_destroy(s),
+            133..=134 => self.pin_describe(s),
+            135..=137 if self.tensors.len() < 12 => self.pin_dlpack(s),
+            135..=139 => self.tensor_delete(s),
             _ => self.cache_ask(s),
         }
     }
