@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -71,7 +72,7 @@ class VattnLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     record_past = False
 
     def __init__(self, cache: VattnCache, index: int) -> None:
-        self.cache, self.index = cache, index
+        self.cache, self.index = weakref.proxy(cache), index
         self.group: LayerGroup | None = None
         #: Which of the group's layers it is.
         self.at = 0
@@ -163,6 +164,48 @@ class VattnWindowLayer(VattnLayer):
     get_max_cache_shape = get_max_length
 
 
+class _Opener:
+    """How caches are made for one `VattnCache`. Knows nothing of it, so that nobody keeps it alive."""
+
+    def __init__(
+        self, config: Any, budget: int | str | None, max_tokens: int | None, driver: DriverChoice, options: dict[str, Any]
+    ) -> None:
+        self.positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+        self.budget = None if budget is None else size("budget", budget)
+        self.max_tokens, self.driver, self.options = max_tokens, driver, options
+        self.drivers: dict[torch.device, vattn.Driver] = {}
+
+    def __call__(self, shape: Shape, layers: int, slots: int) -> vattn.KvCache:
+        """A cache for so many layers and rows."""
+        if shape.device not in self.drivers:
+            self.drivers[shape.device] = self._driver(shape.device)
+        driver = self.drivers[shape.device]
+        tokens = self.max_tokens
+        if tokens is None:
+            row = layers * shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
+            tokens = max(min(max(self.positions, LEAST_TOKENS), ADDRESSES // (slots * row)), 1)
+        budget = driver.memory().total if self.budget is None else self.budget
+        return vattn.KvCache(
+            shape.geometry(layers), driver, budget=budget, max_tokens=tokens, max_slots=slots, **self.options
+        )
+
+    def _driver(self, device: torch.device) -> vattn.Driver:
+        if callable(self.driver):
+            return self.driver(device)
+        if self.driver is not None:
+            return self.driver
+        if device.type == "cuda":
+            return vattn.CudaDriver(device.index)
+        if device.type == "cpu":
+            return vattn.HostDriver(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), granule=HOST_GRANULE)
+        raise TypeError(f"the model is on {device}, and a VattnCache can be on cuda or cpu: use a DynamicCache")
+
+
+def _close_all(groups: list[LayerGroup]) -> None:
+    while groups:
+        groups.pop().close()
+
+
 class VattnCache(cache_utils.Cache):  # type: ignore[misc]
     """A cache for a decoder of transformers whose tokens stay where they are.
 
@@ -203,20 +246,20 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         if not isinstance(config, transformers.PreTrainedConfig):
             raise TypeError(f"model is {model!r}; give a model of transformers, or its config")
         config = config.get_text_config(decoder=True)
-        self.config = config
-        self.budget = budget
-        self.max_tokens = max_tokens
-        self.driver = driver
         # Nothing is kept at hand and growth is asked for by name: what is held stays close to what is needed.
-        defaults: dict[str, Any] = {"slack_divisor": 64, "look_ahead": 0, "at_hand": 0}
-        self.options: dict[str, Any] = {"layout": layout, "kv_order": kv_order, **defaults, **options}
-        #: The groups there are, in order of their first layers.
-        self.groups: list[LayerGroup] = []
-        self._plans: dict[int, list[int]] = {}
-        self._drivers: dict[torch.device, vattn.Driver] = {}
+        defaults = {"slack_divisor": 64, "look_ahead": 0, "at_hand": 0}
+        options = {"layout": layout, "kv_order": kv_order, **defaults, **options}
+        self._opener = _Opener(config, budget, max_tokens, driver, options)
         self._hints = _hints(model, config)
+        self._watch([])
         super().__init__(layers=_layers(self, config))
         self._fast = [layer if isinstance(layer, VattnLayer) else None for layer in self.layers]
+
+    def _watch(self, groups: list[LayerGroup]) -> None:
+        #: The groups of layers there are, in order of their first layers.
+        self.groups = groups
+        # It holds the groups, so that they are closed with their fences, whoever forgets this.
+        weakref.finalize(self, _close_all, groups).atexit = False
 
     # ---- what a model calls ----
 
@@ -281,7 +324,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         try:
             group.begin(count, keep_all)
         except vattn.OutOfBudget:
-            if self.budget is None or len(self.groups) == 1:
+            if self._opener.budget is None or len(self.groups) == 1:
                 raise
             self._share()
             try:
@@ -296,7 +339,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         device = (needy or self.groups[0]).shape.device
         groups = [group for group in self.groups if group.shape.device == device]
         needed = [group.cache.bytes_for(group.held) * group.rows for group in groups]
-        rest = max(size("budget", self.budget) - sum(needed), 0)
+        rest = max((self._opener.budget or 0) - sum(needed), 0)
         wanted = [
             need + (rest // len(groups) if needy is None else rest if group is needy else 0)
             for group, need in zip(groups, needed, strict=True)
@@ -321,7 +364,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
                 if isinstance(other, VattnLayer)
                 and (other is layer or (other.group is None and self._alike(other, layer)))
             ]
-            group = LayerGroup(shape, len(plan), keys.shape[0], self._open)
+            group = LayerGroup(shape, len(plan), keys.shape[0], self._opener)
             group.plan = plan
             self.groups.append(group)
         layer.group, layer.at = group, group.plan.index(layer.index)
@@ -352,32 +395,6 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         group.plan = [layer.index for layer in joined]
         for at, layer in enumerate(joined):
             layer.at = at
-
-    def _open(self, shape: Shape, layers: int, slots: int) -> vattn.KvCache:
-        """A cache for so many layers and rows."""
-        if shape.device not in self._drivers:
-            self._drivers[shape.device] = self._driver(shape.device)
-        driver = self._drivers[shape.device]
-        tokens = self.max_tokens
-        if tokens is None:
-            wanted = max(int(getattr(self.config, "max_position_embeddings", 0) or 0), LEAST_TOKENS)
-            row = layers * shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
-            tokens = max(min(wanted, ADDRESSES // (slots * row)), 1)
-        budget = driver.memory().total if self.budget is None else self.budget
-        return vattn.KvCache(
-            shape.geometry(layers), driver, budget=budget, max_tokens=tokens, max_slots=slots, **self.options
-        )
-
-    def _driver(self, device: torch.device) -> vattn.Driver:
-        if callable(self.driver):
-            return self.driver(device)
-        if self.driver is not None:
-            return self.driver
-        if device.type == "cuda":
-            return vattn.CudaDriver(device.index)
-        if device.type == "cpu":
-            return vattn.HostDriver(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), granule=HOST_GRANULE)
-        raise TypeError(f"the model is on {device}, and a VattnCache can be on cuda or cpu: use a DynamicCache")
 
     # ---- what generation calls ----
 
@@ -449,9 +466,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         self.reset()
         for layer in self._own():
             layer.group = None
-        groups, self.groups = self.groups, []
-        for group in groups:
-            group.close()
+        _close_all(self.groups)
 
     def __enter__(self) -> VattnCache:
         return self
@@ -461,22 +476,20 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        for group in self.__dict__.get("groups", ()):
-            group.close()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> VattnCache:
         """A cache of its own with the same tokens, as for a prompt that is used many times."""
-        new = copy.copy(self)
+        new = VattnCache.__new__(VattnCache)
+        new.__dict__.update(self.__dict__)
         memo[id(self)] = new
-        new.groups = [group.copy_of(range(group.layers), group.rows, new._open) for group in self.groups]
-        for group, old in zip(new.groups, self.groups, strict=True):
-            group.plan = list(old.plan)
+        new._watch([])
+        for group in self.groups:
+            new.groups.append(group.copy_of(range(group.layers), group.rows, group.open_cache))
+            new.groups[-1].plan = list(group.plan)
         new.layers = []
         for layer in self.layers:
             if isinstance(layer, VattnLayer):
                 twin = copy.copy(layer)
-                twin.cache = new
+                twin.cache = weakref.proxy(new)
                 twin.group = None if layer.group is None else new.groups[self.groups.index(layer.group)]
                 new.layers.append(twin)
             else:
