@@ -3,8 +3,8 @@
  * library is linked as for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences,
  * threads, kernels. What holds there holds here; this is what is different:
  *
- * - Geometry, Driver, Cache and Pin own a handle: they can be moved and not copied. One that was moved from
- *   is empty, and an empty one refuses every call with Status::InvalidArgument.
+ * - Geometry, Driver, Cache, Buffer and Pin own a handle: they can be moved and not copied. One that was moved
+ *   from is empty, and an empty one refuses every call with Status::InvalidArgument.
  * - A call that fails throws an Error. It has the status, the text and the driver's own code. What a server
  *   goes on from has a class of its own: OutOfBudget, OutOfDeviceMemory, NoFreeSlot, StaleSlot, Unsupported,
  *   Broken. A call that throws has changed nothing. Destructors throw nothing.
@@ -218,6 +218,8 @@ using CallStats = vattn_call_stats;
 using Live = vattn_live;
 /// What a pin keeps: tokens, and bytes of physical memory.
 using PinInfo = vattn_pin_info;
+/// A buffer in numbers. `device_type` is the number of a DeviceType.
+using BufferInfo = vattn_buffer_info;
 
 // ---- errors ----
 
@@ -406,6 +408,13 @@ inline void check_abi() {
     return detail::take(json);
 }
 
+/// The models and the kernels that can be named, as one JSON object: vattn_catalog_json says what is in it.
+[[nodiscard]] inline std::string catalog_json() {
+    char* json = nullptr;
+    detail::check(vattn_catalog_json(&json));
+    return detail::take(json);
+}
+
 /// Is told of a message: its level, the part of the library that speaks, and the text. Both strings live
 /// until it returns. It may be called by any thread, by several at once, and while locks are held: it must
 /// not call the library (Status::InCallback) and not take long. What it throws is lost.
@@ -561,7 +570,7 @@ private:
 
 // ---- handles ----
 
-/// What Geometry, Driver, Cache and Pin have in common: they own a handle of C, or are empty.
+/// What Geometry, Driver, Cache, Buffer and Pin have in common: they own a handle of C, or are empty.
 template <class C, vattn_status (*Destroy)(C*)>
 class Handle {
 public:
@@ -1611,6 +1620,79 @@ private:
         char* json = nullptr;
         detail::check(function(get(), &json));
         return detail::take(json);
+    }
+};
+
+// ---- buffers ----
+
+/// How large a buffer is, and its extents.
+struct BufferOptions {
+    /// Bytes of addresses, rounded up to granules. Addresses cost nothing.
+    std::uint64_t size;
+    /// The most bytes of one allocation: a granule times a power of two. 0 for 32 MiB, or a granule where that
+    /// is more. Large ones make commits cheap, small ones make decommits exact.
+    std::uint64_t largest_extent = 0;
+};
+
+/// A range of addresses that never move, with memory behind the bytes that are committed. Any thread may call
+/// any method at any time; moving and destroying it are for one alone.
+class Buffer : public Handle<vattn_buffer, vattn_buffer_destroy> {
+public:
+    /// None yet.
+    Buffer() noexcept = default;
+
+    /// Takes over a handle of C.
+    explicit Buffer(vattn_buffer* handle) noexcept : Handle(handle) {}
+
+    /// Reserves addresses, with nothing committed. The driver stays alive as long as the buffer does.
+    ///
+    /// Throws InvalidArgument for a size of 0 or one that granules can't round up, and a largest extent that is
+    /// no granule times a power of two; OutOfAddressSpace.
+    Buffer(const BufferOptions& options, const Driver& driver) : Handle(make(options, driver)) {}
+
+    /// Backs a range: afterwards every byte of it can be touched. What is committed already stays as it is,
+    /// with what is in it; what is in new memory is not defined. Ranges need not begin or end on granules.
+    ///
+    /// Throws OutOfDeviceMemory; Error of InvalidArgument for a range that is empty or reaches beyond the
+    /// buffer, OutOfMappings, and the driver's other refusals.
+    void commit(std::uint64_t offset, std::uint64_t size) {
+        detail::check(vattn_buffer_commit(get(), offset, size));
+    }
+
+    /// Says that the bytes of a range are no longer wanted, and waits for the fences, one for each stream that
+    /// touched it. Memory is given back by whole extents of which no byte is committed any more.
+    ///
+    /// Throws Error of InvalidArgument for a range that is empty or reaches beyond the buffer and for no
+    /// fence, CapturingStream, and the driver's refusals: the range is as it was. Broken of Unhealthy where the
+    /// driver stopped in the middle and would not undo: the text names the bytes that are not committed any
+    /// more, and all others are as they were.
+    void decommit(std::uint64_t offset, std::uint64_t size, Fences fences) {
+        detail::check(vattn_buffer_decommit(get(), offset, size, fences.data(), fences.size()));
+    }
+
+    /// Where it is, and how much of it is committed and held.
+    [[nodiscard]] BufferInfo info() const {
+        auto info = detail::sized<BufferInfo>();
+        detail::check(vattn_buffer_describe(get(), &info));
+        return info;
+    }
+
+    /// Pins it: its addresses, and what is committed in it, last as long as the pin. Decommitting works as ever.
+    [[nodiscard]] Pin pin() const {
+        vattn_pin* made = nullptr;
+        detail::check(vattn_pin_create_buffer(get(), &made));
+        return Pin(made);
+    }
+
+private:
+    static vattn_buffer* make(const BufferOptions& options, const Driver& driver) {
+        check_abi();
+        auto of_c = detail::sized<vattn_buffer_options>();
+        of_c.size = options.size;
+        of_c.largest_extent = options.largest_extent;
+        vattn_buffer* made = nullptr;
+        detail::check(vattn_buffer_create(&of_c, driver.get(), &made));
+        return made;
     }
 };
 

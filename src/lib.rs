@@ -50,9 +50,11 @@
 //! | [`stats`] | what is counted |
 //! | [`geometry`] | what a model keeps for each token, and with which options a cache is made |
 //! | [`driver`] | who maps memory: the contract, the host, the ledger, the checker |
+//! | [`fence`] | what is waited for before memory is unmapped |
 //! | `pool` | which extents there are, and which of them cover a need |
 //! | [`layout`] | where each layer's keys and values lie |
 //! | `tensor` | what is mapped where in one reservation |
+//! | [`buffer`] | which bytes of one range of addresses are wanted, and what is mapped for them |
 //! | `slot` | who has a slot, which parked one is adopted, how much a run grows |
 //! | `mapper` | the background thread: how it is woken, waited for and ended |
 //! | [`cache`] | how an operation is planned, carried out, and published or undone |
@@ -60,9 +62,11 @@
 //!
 //! Imports point up this table and never down.
 
+pub mod buffer;
 pub mod cache;
 pub mod driver;
 pub mod error;
+pub mod fence;
 #[cfg(not(loom))]
 pub mod ffi;
 pub mod geometry;
@@ -75,6 +79,7 @@ pub(crate) mod sync;
 pub(crate) mod tensor;
 pub mod units;
 
+pub use buffer::{Buffer, BufferOptions};
 pub use cache::{Fence, Health, KvCache, Pin, SlotTokens, TensorView};
 pub use error::{Error, ErrorKind, Result};
 pub use geometry::{Config, Geometry};

@@ -99,6 +99,7 @@ fn every_field_that_is_translated_is() {
         ("vattn_error", "failure->", 4),
         ("vattn_view", "view_.", 6),
         ("vattn_array", "array.", 5),
+        ("vattn_buffer_options", "of_c.", 3),
     ] {
         let fields = fields(&c, name);
         assert!(fields.len() >= least, "only {fields:?} were found of {name}: the search is broken");

@@ -616,7 +616,7 @@ impl World {
         if let Some(id) = self.past.last() {
             assert_eq!(self.cache.pin(*id).unwrap_err().kind(), ErrorKind::StaleSlot);
         }
-        if let Some((slot, count, pin)) = self.pins.get(pick).filter(|_| pick % 4 == 0) {
+        if let Some((slot, count, pin)) = self.pins.get(pick).filter(|_| pick.is_multiple_of(4)) {
             return self.pins.push((*slot, *count, pin.clone()));
         }
         let Some(id) = self.pick(pick) else { return };

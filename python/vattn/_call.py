@@ -93,6 +93,7 @@ def in_python(text: str) -> str:
         return f"{kind}.{verb}" if verb else kind
 
     text = text.replace("has been destroyed; create another, and keep its handle", "was closed; make another")
+    text = re.sub(r"\b(config|options)->", "", text.replace("config->extents", "commit"))
     return re.sub(rf"\bvattn_({'|'.join(CLASSES)})(?:_(\w+))?\b", name, text)
 
 

@@ -32,7 +32,8 @@ class Options(TypedDict, total=False):
     - `budget`: bytes of physical memory that may be held. Default: what the driver says is free.
     - `max_tokens`: the most tokens that a slot can hold; costs addresses only. Default 131,072.
     - `max_slots`: how many requests can have a slot at a time, up to 2^20. Default 1,024.
-    - `spare_slot`: one more slot, always backed, for padded entries of a batch. Default False.
+    - `spare_slot`: one more slot, of which a page or a tile is always backed, for padded entries of a batch.
+      Default False.
     - `tile_tokens`: what a step rounds the tokens it backs up to a multiple of. Default 1.
     - `page_tokens`: tokens of a page. Default 16.
     - `layout`: `sliced` (all layers in one tensor, the default), `per_layer`, or how many layers share one.

@@ -22,6 +22,17 @@ DTYPES: dict[str, int] = {
     "int8": lib.VATTN_DTYPE_I8,
     "uint8": lib.VATTN_DTYPE_U8,
 }
+#: How NumPy names an element; what it has no name for goes as bits.
+TYPESTRS = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "float8_e4m3fn": "|u1",
+    "float8_e5m2": "|u1",
+    "int8": "|i1",
+    "uint8": "|u1",
+}
+ELEMENT_BYTES: dict[int, int] = {value: int(TYPESTRS[name][2:]) for name, value in DTYPES.items()}
 DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
 
 

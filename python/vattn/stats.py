@@ -158,6 +158,20 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class BufferInfo:
+    """A buffer in numbers: its address, its bytes of addresses, the unit of allocation, and the bytes that are
+    committed, and those that are allocated, in whole extents."""
+
+    data: int
+    size: int
+    granule: int
+    committed: int
+    held: int
+    device_type: int
+    device_id: int
+
+
+@dataclass(frozen=True)
 class CudaDevice:
     """A device as CUDA describes it: compute capability, bytes of memory, the smallest and the recommended
     unit of allocation in bytes (0 without virtual memory), and what its allocations can do."""

@@ -11,19 +11,9 @@ from typing import Any
 
 from vattn._call import check, names, sized
 from vattn._native import ffi, lib
-from vattn.geometry import DTYPES
+from vattn.geometry import DTYPES, TYPESTRS
 
 CPU: int = names("vattn_device_type", "VATTN_DEVICE_")["cpu"]
-#: How NumPy names an element; what it has no name for goes as bits.
-TYPESTRS = {
-    "float32": "<f4",
-    "float16": "<f2",
-    "bfloat16": "<u2",
-    "float8_e4m3fn": "|u1",
-    "float8_e5m2": "|u1",
-    "int8": "|i1",
-    "uint8": "|u1",
-}
 BITS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 #: What a capsule is called by the major version of DLPack, before somebody takes it over.
 CAPSULES = (b"dltensor", b"dltensor_versioned")

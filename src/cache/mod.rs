@@ -15,7 +15,6 @@
 //! | `ahead.rs` | what it maps before tokens need it |
 //! | `stock.rs` | which extents it keeps at hand |
 //! | `pin.rs` | what keeps memory in place whatever becomes of its slot |
-//! | `fence.rs` | what is waited for before memory is unmapped |
 //! | `views.rs` | addresses, shapes and strides for kernels |
 //! | `report.rs` | the walk through everything, and the audit |
 //!
@@ -26,7 +25,6 @@
 mod ahead;
 mod background;
 mod core;
-mod fence;
 mod lifecycle;
 #[cfg(all(test, loom))]
 mod loom_tests;
@@ -46,14 +44,15 @@ use crate::driver::{Driver, Stream};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::Result;
+use crate::fence;
 use crate::geometry::{Background, Config};
 use crate::layout::{Layout, Part};
 use crate::mapper::Mapper;
 use crate::stats::{ByteCounts, Snapshot};
 use crate::units::{Bytes, SlotId, TokenCount};
 
+pub use crate::fence::{Fence, ForeignEvent};
 pub use crate::slot::SlotTokens;
-pub use fence::{Fence, ForeignEvent};
 pub use pin::Pin;
 pub use report::{Report, SlotReport};
 pub use views::TensorView;

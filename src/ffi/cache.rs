@@ -138,7 +138,7 @@ pub(super) fn stream(stream: *mut c_void) -> Stream {
 /// # Safety
 /// - `fences` is NULL, or `count` of them can be read there;
 /// - their streams and events are alive while the call lasts.
-unsafe fn read_fences(fences: *const vattn_fence, count: usize) -> Result<Vec<Fence>> {
+pub(super) unsafe fn read_fences(fences: *const vattn_fence, count: usize) -> Result<Vec<Fence>> {
     // SAFETY: as the caller promises.
     let fences = unsafe { args::slice("fences", fences, count) }?;
     let read = |fence: &vattn_fence| {

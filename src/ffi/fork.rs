@@ -15,7 +15,7 @@ mod unix {
     use std::sync::atomic::{AtomicU8, Ordering};
 
     use crate::ffi::entry::Failure;
-    use crate::ffi::handle::{CACHES, DRIVERS, GEOMETRIES, PINS};
+    use crate::ffi::handle::{BUFFERS, CACHES, DRIVERS, GEOMETRIES, PINS};
     use crate::ffi::library::STRINGS;
     use crate::ffi::log;
     use crate::ffi::status::vattn_status::VATTN_UNSUPPORTED;
@@ -43,6 +43,7 @@ mod unix {
     }
 
     unsafe extern "C" fn before() {
+        std::mem::forget(BUFFERS.free.lock());
         std::mem::forget(CACHES.free.lock());
         std::mem::forget(DRIVERS.free.lock());
         std::mem::forget(GEOMETRIES.free.lock());
@@ -60,6 +61,7 @@ mod unix {
             GEOMETRIES.free.force_unlock();
             DRIVERS.free.force_unlock();
             CACHES.free.force_unlock();
+            BUFFERS.free.force_unlock();
         }
     }
 
@@ -73,6 +75,7 @@ mod unix {
             anew(&GEOMETRIES.free);
             anew(&DRIVERS.free);
             anew(&CACHES.free);
+            anew(&BUFFERS.free);
             log::in_child();
         }
     }

@@ -17,7 +17,7 @@
 //! | `status.rs` | which statuses there are; the last error |
 //! | `library.rs` | versions, what this machine offers, strings |
 //! | `log.rs` | who is told what the library logs |
-//! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs`, `pin.rs` | one object of C each |
+//! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs`, `pin.rs`, `buffer.rs` | one object of C each |
 //! | `dlpack.rs`, `capsule.rs` | arrays over pinned memory, as other libraries take them; Python's capsules of them |
 //! | `layout.rs`, `stats.rs` | structs that are filled for C |
 //! | `testing.rs` | drivers that fail on demand, fences that are fired by hand |
@@ -30,6 +30,7 @@
 #![expect(non_camel_case_types, reason = "the names are those of C")]
 
 mod args;
+mod buffer;
 mod cache;
 mod capsule;
 mod config;
@@ -49,6 +50,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use buffer::*;
 pub use cache::*;
 pub use config::*;
 pub use driver::*;

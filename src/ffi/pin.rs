@@ -1,15 +1,18 @@
 //! Pins, and arrays over what they keep, as DLPack has them.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use super::args;
+use super::buffer::vattn_buffer;
 use super::cache::{vattn_cache, vattn_slot};
 use super::capsule;
 use super::dlpack::{self, Array};
 use super::entry::{enter, on_cache, plain};
 use super::geometry::element;
-use super::handle::PINS;
+use super::handle::{BUFFERS, PINS};
 use super::status::vattn_status;
+use crate::buffer::Buffer;
 use crate::cache::Pin;
 use crate::error::Result;
 use crate::units::{Bytes, Device, DeviceAddr, TokenCount, index};
@@ -28,7 +31,8 @@ pub struct vattn_pin_info {
     pub struct_size: usize,
     /// Tokens that it keeps backed: those of the slot when it was pinned, and what `tile_tokens` adds.
     pub tokens: u64,
-    /// Bytes of physical memory that it keeps in place. Other pins may keep the same.
+    /// Bytes of physical memory that it keeps in place. Other pins may keep the same. Of a buffer, what it
+    /// holds now.
     pub bytes: u64,
 }
 
@@ -58,24 +62,29 @@ args::sized!(vattn_array);
 #[derive(Clone, Debug)]
 pub(super) enum PinObject {
     Cache(Pin),
+    /// It keeps the object, whatever is committed in it.
+    Buffer(Arc<Buffer>),
 }
 
 impl PinObject {
     pub(super) fn tokens(&self) -> TokenCount {
         match self {
             Self::Cache(pin) => pin.tokens(),
+            Self::Buffer(_) => TokenCount::ZERO,
         }
     }
 
     pub(super) fn bytes(&self) -> Bytes {
         match self {
             Self::Cache(pin) => pin.bytes(),
+            Self::Buffer(buffer) => buffer.held(),
         }
     }
 
     pub(super) fn device(&self) -> Device {
         match self {
             Self::Cache(pin) => pin.device(),
+            Self::Buffer(buffer) => buffer.device(),
         }
     }
 
@@ -83,6 +92,7 @@ impl PinObject {
     pub(super) fn contains(&self, addr: DeviceAddr, size: Bytes) -> bool {
         match self {
             Self::Cache(pin) => pin.contains(addr, size),
+            Self::Buffer(buffer) => buffer.contains(addr, size),
         }
     }
 }
@@ -115,6 +125,25 @@ pub unsafe extern "C" fn vattn_pin_create(
             None => cache.pin_addresses(),
         };
         out.set(PINS.keep(PinObject::Cache(pin))?);
+        Ok(())
+    })
+}
+
+/// Pins a buffer: its addresses, and what is committed in it, last until the pin is destroyed, though the
+/// buffer is destroyed before. Decommitting works as ever: whoever has the buffer says what of it is wanted.
+///
+/// # Safety
+/// - `out` is NULL, or a pointer can be written there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vattn_pin_create_buffer(
+    buffer: *const vattn_buffer,
+    out: *mut *mut vattn_pin,
+) -> vattn_status {
+    enter("vattn_pin_create_buffer", || {
+        let buffer = BUFFERS.get(buffer)?;
+        // SAFETY: as the caller promises.
+        let out = unsafe { args::out("out", out) }?;
+        out.set(PINS.keep(PinObject::Buffer(Arc::clone(&buffer)))?);
         Ok(())
     })
 }
@@ -200,7 +229,7 @@ pub unsafe extern "C" fn vattn_dlpack_capsule_destroy(capsule: *mut c_void) {
 /// Gives a pin up: what it alone kept holds nobody's tokens from now on, and is unmapped as what a retired slot
 /// leaves is, after the fences that were given for it. The device is done with what was launched on it, unless
 /// a fence that is given later covers that. Of a cache that was destroyed it is given back here, and what was
-/// left of the cache goes with its last pin. NULL is no error.
+/// left of the cache goes with its last pin, as does a buffer that was destroyed. NULL is no error.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused;

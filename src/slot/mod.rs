@@ -26,13 +26,12 @@
 
 mod ahead;
 mod audit;
-mod fence;
 pub(crate) mod fit;
 pub(crate) mod growth;
 mod pins;
 
+pub(crate) use crate::fence::{Kept as Fence, add as add_fences};
 pub(crate) use ahead::Due;
-pub(crate) use fence::{Fence, add as add_fences};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -796,7 +795,7 @@ impl SlotTable {
     }
 
     fn add_fences(&mut self, slot: u32, fences: Vec<Fence>) {
-        let dropped = fence::add(&mut self.records[index(slot)].fences, fences);
+        let dropped = add_fences(&mut self.records[index(slot)].fences, fences);
         self.trash.extend(dropped);
     }
 

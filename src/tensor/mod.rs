@@ -46,10 +46,7 @@ impl Tensor {
 
     /// Whether so many bytes from `addr` on are its own.
     pub(crate) fn contains(&self, addr: DeviceAddr, size: Bytes) -> bool {
-        addr.get()
-            .checked_sub(self.addr().get())
-            .and_then(|offset| offset.checked_add(size.get()))
-            .is_some_and(|end| end <= self.layout.size().get())
+        self.reservation.contains(addr, size)
     }
 
     /// Maps an extent into a slot's part, from granule `at` on.

@@ -2,7 +2,7 @@
 #include "every.h"
 
 static void garbage(const world *made) {
-    const uintptr_t numbers[] = {1,          0x44,       0x47,       0x4b,       0x50,
+    const uintptr_t numbers[] = {1,          0x42,       0x44,       0x47,       0x4b,       0x50,
                                  0x7fffffff, UINTPTR_MAX, 0x5a5a5a5a, (uintptr_t)1 << 63};
     vattn_slot_tokens entry = world_acquire(made->cache, 8);
     int local = 0;
@@ -10,6 +10,7 @@ static void garbage(const world *made) {
         every_geometry_call_fails(made, (vattn_geometry *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_geometry");
         every_driver_call_fails(made, (vattn_driver *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_driver");
         every_cache_call_fails((vattn_cache *)numbers[nth], entry, VATTN_INVALID_HANDLE, "vattn_cache");
+        every_buffer_call_fails((vattn_buffer *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_buffer");
         every_pin_call_fails((vattn_pin *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_pin");
     }
     every_geometry_call_fails(made, (vattn_geometry *)(void *)&local, VATTN_INVALID_HANDLE, "vattn_geometry");

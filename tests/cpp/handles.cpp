@@ -14,6 +14,7 @@ constexpr bool move_only =
 
 static_assert(move_only<vattn::Geometry> && move_only<vattn::Driver>, "handles");
 static_assert(move_only<vattn::Cache> && move_only<vattn::Pin>, "handles");
+static_assert(move_only<vattn::Buffer>, "handles");
 static_assert(!std::is_convertible<vattn_cache*, vattn::Cache>::value, "taking over is said aloud");
 static_assert(!std::is_convertible<vattn::Cache, bool>::value, "no number by accident");
 static_assert(!std::is_constructible<vattn::Cache, vattn_driver*>::value, "a handle of another kind");
