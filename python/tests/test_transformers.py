@@ -296,6 +296,22 @@ def test_layers_of_other_shapes_and_places_get_caches_of_their_own(driver: vattn
         assert [group.plan for group in cache.groups] == [[0, 2], [1, 4]]
         assert [group.layers for group in cache.groups] == [2, 2]
         assert cache.get_seq_length(3) == 0
+        del ours
+
+
+def test_tensors_that_outlive_the_cache_keep_its_memory(driver: vattn.CheckedDriver) -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    states = torch.arange(3 * 4 * 8.0).reshape(1, 4, 3, 8)
+    with VattnCache(config, driver=driver) as cache:
+        cache.update(states, states, 0)
+        keys, _ = cache.update(states, states, 0)
+        with pytest.warns(ResourceWarning, match="memory stays until they are gone"):
+            cache.close()
+    assert torch.equal(keys, torch.cat([states, states], dim=2))
+    del keys, _
+    VattnCache(config, driver=driver).close()
+    with VattnCache(config, driver=driver) as cache:
+        cache.update(states, states, 0)
 
 
 def test_states_of_linear_layers_are_kept_too() -> None:

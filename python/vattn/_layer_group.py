@@ -10,6 +10,7 @@ transformers.
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from itertools import repeat
 
 import torch
 
-from vattn import IDLE, Batch, Geometry, KvCache, Layers, OutOfDeviceMemory
-from vattn.torch import DTYPE_NAMES, layer_blocks
+from vattn import Batch, Geometry, KvCache, Layers, OutOfDeviceMemory
+from vattn.torch import DTYPE_NAMES, fences, layer_blocks
 
 #: Bytes that moving rows takes beside the cache, at most.
 SCRATCH = 64 << 20
@@ -58,11 +59,6 @@ class Shape:
 Open = Callable[[Shape, int, int], KvCache]
 
 
-def fences(device: torch.device) -> tuple[object, ...]:
-    """What says that the work submitted so far is done: the current stream's, or nothing on the processor."""
-    return (torch.cuda.current_stream(device),) if device.type == "cuda" else (IDLE,)
-
-
 class LayerGroup:
     """`layers` layers of one shape: `rows` rows, of which each holds `held` tokens."""
 
@@ -88,6 +84,7 @@ class LayerGroup:
         self.set_rows(rows)
 
     def _open(self, rows: int) -> None:
+        sweep()
         self.slots = max(8, 1 << (rows - 1).bit_length())
         self.cache = self.open_cache(self.shape, self.layers, self.slots)
         self.most = self.cache.layout.max_tokens
@@ -277,7 +274,27 @@ class LayerGroup:
             self.cache.retire(slot, *done)
         self.turn = []
         self.keys, self.values, self.all_keys, self.all_values = [], [], [], []
-        self.cache.close()
+        _lingering.append(self.cache)
+        sweep()
+        if not self.cache.closed:
+            warnings.warn(
+                "a VattnCache ended while tensors that it returned live: its memory stays until they are gone and "
+                "another one is opened or closed",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+
+# Caches that ended while somebody had tensors over their memory, which must not go from under them.
+_lingering: list[KvCache] = []
+
+
+def sweep() -> None:
+    """Closes caches whose last tensors are gone."""
+    for cache in list(_lingering):
+        if not cache.stats().pins:
+            _lingering.remove(cache)
+            cache.close()
 
 
 def _spread(blocks: Blocks, start: int, tokens: int) -> Views:

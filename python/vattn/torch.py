@@ -7,12 +7,16 @@ segmentation fault on the host and an illegal access on a device.
 
 from __future__ import annotations
 
+import math
+import operator
+import os
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import vattn
+from vattn.buffer import Buffer
 from vattn.views import View
 
 try:
@@ -198,4 +202,140 @@ def _longest(lengths: Iterable[int] | torch.Tensor) -> int:
 
 # ---- tensors with addresses and no memory ----
 
-_buffers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_virtual: dict[int, Buffer] = {}
+_drivers: dict[tuple[int, torch.device], vattn.Driver] = {}
+
+#: The unit of allocation on the processor, where nobody says otherwise.
+HOST_GRANULE = "64KiB"
+
+
+def driver_for(device: torch.device) -> vattn.Driver:
+    """The driver of a device of PyTorch's, made once for a process: CUDA's, or the host's with all memory of the
+    machine."""
+    known = _drivers.get((os.getpid(), device))
+    if known is None:
+        if device.type == "cpu":
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            known = vattn.HostDriver(memory, granule=HOST_GRANULE)
+        elif device.type != "cuda":
+            raise TypeError(f"device is {device}; vattn has memory of cuda and cpu")
+        elif not torch.cuda.is_available():
+            raise RuntimeError(_without_cuda(device))
+        else:
+            known = vattn.CudaDriver(device.index)
+        _drivers[os.getpid(), device] = known
+    return known
+
+
+def _without_cuda(device: torch.device) -> str:
+    if torch.version.cuda is None:
+        return (
+            f"device is {device}, and this PyTorch, {torch.__version__}, is built without CUDA: install one that has "
+            "it, see https://pytorch.org/get-started"
+        )
+    return (
+        f"device is {device}, and PyTorch {torch.__version__} finds no GPU: install NVIDIA's driver, and see that the "
+        "process may use the GPU"
+    )
+
+
+def _device(device: Device) -> torch.device:
+    known = torch.device("cpu" if device is None else device)
+    if known.type == "cuda" and known.index is None and torch.cuda.is_available():
+        known = torch.device("cuda", torch.cuda.current_device())
+    return known
+
+
+def empty_virtual(
+    shape: int | Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: Device = None,
+    *,
+    largest_extent: int | str | None = None,
+) -> torch.Tensor:
+    """A contiguous tensor with addresses and no memory. `commit` backs rows of it.
+
+    **Touching rows that are not committed is fatal**, printing them too. The tensor and its views keep the
+    addresses; memory goes with the last of them, after what the current stream has to do by then. Addresses
+    cost nothing: a shape may be far larger than the device. `largest_extent` is `vattn.Buffer`'s.
+    """
+    if dtype not in DTYPE_NAMES:
+        raise TypeError(f"dtype is {dtype}; it can be {', '.join(map(str, DTYPE_NAMES))}")
+    lengths = tuple(int(length) for length in ((shape,) if isinstance(shape, int) else shape))
+    size = math.prod(lengths) * dtype.itemsize
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"shape is {list(lengths)}; it needs a dimension at least, and each of 1 or more")
+    place = _device(device)
+    buffer = Buffer(size, driver_for(place), largest_extent=largest_extent)
+    made = tensor(buffer.array(DTYPE_NAMES[dtype], lengths))
+    _virtual[buffer.data_ptr] = buffer
+    weakref.finalize(made.untyped_storage(), _end, buffer, place).atexit = False
+    return made
+
+
+def _end(buffer: Buffer, device: torch.device) -> None:
+    """The last tensor over a buffer is gone."""
+    _virtual.pop(buffer.data_ptr, None)
+    if buffer.info().committed:
+        buffer.decommit(0, buffer.size, *fences(device))
+    buffer.close()
+
+
+def commit(rows_of: torch.Tensor, start: int, stop: int) -> None:
+    """Backs the rows from `start` to `stop` of dimension 0, whole or not at all. Rows that are committed stay as they
+    are; new ones hold whatever was in the memory before.
+
+    The tensor is one of `empty_virtual`, or a range of rows of it. Raises `OutOfDeviceMemory`; PyTorch's
+    caching allocator may hold what is missing, and `torch.cuda.empty_cache()` has it give that back.
+    """
+    buffer, offset, size = _rows(rows_of, start, stop)
+    if size:
+        buffer.commit(offset, size)
+
+
+def decommit(rows_of: torch.Tensor, start: int, stop: int, *fences_: Any) -> None:
+    """Says that the rows from `start` to `stop` are not needed any more, once the fences have fired, which are
+    waited for. On CUDA the current stream is the fence where none is given.
+
+    Memory goes by whole extents of which no byte is committed. What was in the rows is lost.
+    """
+    buffer, offset, size = _rows(rows_of, start, stop)
+    if size:
+        buffer.decommit(offset, size, *(fences_ or fences(rows_of.device)))
+
+
+def committed(tensor_of: torch.Tensor) -> int:
+    """Bytes that are committed of the whole tensor that `empty_virtual` made."""
+    return int(_buffer(tensor_of).info().committed)
+
+
+def fences(device: torch.device) -> tuple[Any, ...]:
+    """What says that the work submitted so far is done: the current stream's, or nothing on the processor."""
+    return (torch.cuda.current_stream(device),) if device.type == "cuda" else (vattn.IDLE,)
+
+
+def _buffer(tensor_of: torch.Tensor) -> Buffer:
+    if not isinstance(tensor_of, torch.Tensor):
+        raise TypeError(f"{tensor_of!r} is no tensor; give one that empty_virtual made")
+    found = _virtual.get(tensor_of.untyped_storage().data_ptr())
+    if found is None:
+        raise ValueError(
+            f"a tensor {list(tensor_of.shape)} on {tensor_of.device} has memory of PyTorch's own; give one that "
+            "empty_virtual made, or rows of it"
+        )
+    return found
+
+
+def _rows(tensor_of: torch.Tensor, start: int, stop: int) -> tuple[Buffer, int, int]:
+    """The buffer, and which of its bytes the rows are."""
+    buffer = _buffer(tensor_of)
+    if tensor_of.dim() == 0 or not tensor_of.is_contiguous():
+        raise ValueError(
+            f"the view {list(tensor_of.shape)} with strides {list(tensor_of.stride())} is no range of rows; give the "
+            "tensor that empty_virtual made, or tensor[i:j]"
+        )
+    start, stop = operator.index(start), operator.index(stop)
+    if not 0 <= start <= stop <= tensor_of.shape[0]:
+        raise ValueError(f"rows {start} to {stop} are not within the tensor's {tensor_of.shape[0]}")
+    row = tensor_of.stride(0) * tensor_of.element_size()
+    return buffer, tensor_of.data_ptr() - buffer.data_ptr + start * row, (stop - start) * row

@@ -16,7 +16,6 @@ Inference only, as `generate` is. Not for several threads at once, as all caches
 from __future__ import annotations
 
 import copy
-import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -37,15 +36,12 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 import vattn
 from vattn._call import size
 from vattn._layer_group import LayerGroup, Shape
-from vattn.torch import DTYPE_NAMES
+from vattn.torch import DTYPE_NAMES, driver_for
 
 #: Addresses that the rows of one group of layers may take, of the 64 TiB and more that a process has.
 ADDRESSES = 16 << 40
 #: Tokens for which a row has addresses at the least, whatever a model's configuration says.
 LEAST_TOKENS = 131_072
-
-#: The unit of allocation on the processor.
-HOST_GRANULE = "64KiB"
 
 States = tuple[torch.Tensor, torch.Tensor]
 DriverChoice = vattn.Driver | Callable[[torch.device], vattn.Driver] | None
@@ -194,11 +190,10 @@ class _Opener:
             return self.driver(device)
         if self.driver is not None:
             return self.driver
-        if device.type == "cuda":
-            return vattn.CudaDriver(device.index)
-        if device.type == "cpu":
-            return vattn.HostDriver(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), granule=HOST_GRANULE)
-        raise TypeError(f"the model is on {device}, and a VattnCache can be on cuda or cpu: use a DynamicCache")
+        try:
+            return driver_for(device)
+        except TypeError as error:
+            raise TypeError(f"the model is on {device}, where a VattnCache can't be: use a DynamicCache") from error
 
 
 def _close_all(groups: list[LayerGroup]) -> None:
