@@ -169,6 +169,9 @@
  * the addresses alone. A pin has no fence: it is given up once the device is done with the memory, or before the
  * slot is retired with a fence that covers what was launched.
  *
+ * A tensor's deleter may be called on any thread at any time, inside a log callback too. In a child after fork
+ * it does nothing.
+ *
  * WHICH KERNEL NEEDS WHICH TILE
  *
  * What lies past a slot's tokens is not backed, and a kernel that reads there faults. Most do not: PyTorch's
@@ -189,12 +192,12 @@
  *     vattn_buffer_decommit(buffer, offset, size, &fence, 1);    // and now it need not be any more
  *
  * Ranges are any bytes: of two rows that share a granule one can go without the other. Memory is allocated in
- * extents, each the largest that fits into what of a commit is not backed yet, up to largest_extent, and is given
- * back by whole extents of which no byte is committed. On an H200 a commit costs about 45 µs an extent, however
- * large: 1.4 ms a GiB with the default of 32 MiB, and nothing where all of it is committed already.
+ * extents, each the largest that fits into what of a commit is not backed yet, up to largest_extent, and is
+ * given back by whole extents of which no byte is committed. On an H200 a commit costs about 45 µs an extent,
+ * however large: 1.4 ms a GiB with the default of 32 MiB, and nothing where all of it is committed already.
  *
- * vattn_pin_create_buffer pins a buffer, for an array over it that may outlive it. Decommitting under a pin works:
- * such an array has parts that are not there, and its owner knows which.
+ * vattn_pin_create_buffer pins a buffer, for an array over it that may outlive it. Decommitting under a pin
+ * works: such an array has parts that are not there, and its owner knows which.
  *
  * WHEN A CALL FAILS
  *

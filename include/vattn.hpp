@@ -3,8 +3,8 @@
  * library is linked as for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences,
  * threads, kernels. What holds there holds here; this is what is different:
  *
- * - Geometry, Driver, Cache, Buffer and Pin own a handle: they can be moved and not copied. One that was moved
- *   from is empty, and an empty one refuses every call with Status::InvalidArgument.
+ * - Geometry, Driver, Cache, Buffer and Pin own a handle: they can be moved and not copied. One that was
+ *   moved from is empty, and an empty one refuses every call with Status::InvalidArgument.
  * - A call that fails throws an Error. It has the status, the text and the driver's own code. What a server
  *   goes on from has a class of its own: OutOfBudget, OutOfDeviceMemory, NoFreeSlot, StaleSlot, Unsupported,
  *   Broken. A call that throws has changed nothing. Destructors throw nothing.
@@ -1629,8 +1629,8 @@ private:
 struct BufferOptions {
     /// Bytes of addresses, rounded up to granules. Addresses cost nothing.
     std::uint64_t size;
-    /// The most bytes of one allocation: a granule times a power of two. 0 for 32 MiB, or a granule where that
-    /// is more. Large ones make commits cheap, small ones make decommits exact.
+    /// The most bytes of one allocation: a granule times a power of two. 0 for 32 MiB, or a granule where
+    /// that is more. Large ones make commits cheap, small ones make decommits exact.
     std::uint64_t largest_extent = 0;
 };
 
@@ -1646,8 +1646,8 @@ public:
 
     /// Reserves addresses, with nothing committed. The driver stays alive as long as the buffer does.
     ///
-    /// Throws InvalidArgument for a size of 0 or one that granules can't round up, and a largest extent that is
-    /// no granule times a power of two; OutOfAddressSpace.
+    /// Throws InvalidArgument for a size of 0 or one that granules can't round up, and a largest extent that
+    /// is no granule times a power of two; OutOfAddressSpace.
     Buffer(const BufferOptions& options, const Driver& driver) : Handle(make(options, driver)) {}
 
     /// Backs a range: afterwards every byte of it can be touched. What is committed already stays as it is,
@@ -1659,13 +1659,13 @@ public:
         detail::check(vattn_buffer_commit(get(), offset, size));
     }
 
-    /// Says that the bytes of a range are no longer wanted, and waits for the fences, one for each stream that
-    /// touched it. Memory is given back by whole extents of which no byte is committed any more.
+    /// Says that the bytes of a range are no longer wanted, and waits for the fences, one for each stream
+    /// that touched it. Memory is given back by whole extents of which no byte is committed any more.
     ///
     /// Throws Error of InvalidArgument for a range that is empty or reaches beyond the buffer and for no
-    /// fence, CapturingStream, and the driver's refusals: the range is as it was. Broken of Unhealthy where the
-    /// driver stopped in the middle and would not undo: the text names the bytes that are not committed any
-    /// more, and all others are as they were.
+    /// fence, CapturingStream, and the driver's refusals: the range is as it was. Broken of Unhealthy where
+    /// the driver stopped in the middle and would not undo: the text names the bytes that are not committed
+    /// any more, and all others are as they were.
     void decommit(std::uint64_t offset, std::uint64_t size, Fences fences) {
         detail::check(vattn_buffer_decommit(get(), offset, size, fences.data(), fences.size()));
     }
@@ -1677,7 +1677,8 @@ public:
         return info;
     }
 
-    /// Pins it: its addresses, and what is committed in it, last as long as the pin. Decommitting works as ever.
+    /// Pins it: its addresses, and what is committed in it, last as long as the pin. Decommitting works as
+    /// ever.
     [[nodiscard]] Pin pin() const {
         vattn_pin* made = nullptr;
         detail::check(vattn_pin_create_buffer(get(), &made));

@@ -222,6 +222,7 @@ fn a_slot_beside_one_that_grows_may_lose_its_pin_meanwhile() {
     let (still, grows) = (request(&cache, 20), request(&cache, 20));
     step(&cache, still, 80).unwrap();
     let pin = Arc::new(parking_lot::Mutex::new(Some(cache.pin(still).unwrap())));
+    let pinned = cache.bytes().pinned;
     cache.truncate(still, tokens(10), IDLE).unwrap();
     let its_pin = Arc::clone(&pin);
     watch.checked.on_call(Box::new(move |verb| {
@@ -229,14 +230,31 @@ fn a_slot_beside_one_that_grows_may_lose_its_pin_meanwhile() {
             its_pin.lock().take();
         }
     }));
-    // 80 is within what its pin keeps, so that its own runs are not looked at.
-    cache.step(&[SlotTokens::new(still, tokens(80)), SlotTokens::new(grows, tokens(300))]).unwrap();
+    // 30 is within what its pin keeps, so that its own runs are not looked at.
+    cache.step(&[SlotTokens::new(still, tokens(30)), SlotTokens::new(grows, tokens(300))]).unwrap();
     watch.checked.clear_on_call();
     assert!(pin.lock().is_none());
-    cache.report().unwrap();
-    contents::fill(&cache, still, 1, 0..80);
+    let report = cache.report().unwrap();
+    let told = report.slots.iter().find(|slot| slot.index == still.index()).unwrap();
+    assert!(told.mapped < pinned, "{told:?} needs no more than its tokens do");
+    contents::fill(&cache, still, 1, 0..30);
     cache.trim(Bytes::ZERO, IDLE).unwrap();
-    contents::find(&cache, still, 1, 80);
+    contents::find(&cache, still, 1, 30);
+}
+
+#[test]
+fn a_request_that_adopts_pinned_memory_is_mapped_ahead_for() {
+    let (_watch, cache) = rig::cache_of(&rig::shape(), |builder| builder.look_ahead(tokens(32)));
+    let slot = request(&cache, 64);
+    let pin = cache.pin(slot).unwrap();
+    cache.retire(slot, IDLE).unwrap();
+    cache.trim(Bytes::ZERO, IDLE).unwrap();
+    cache.flush().unwrap();
+    let next = cache.acquire(tokens(64), None).unwrap();
+    assert_eq!((next.index(), cache.bytes().held), (slot.index(), pin.bytes()));
+    step(&cache, next, 60).unwrap();
+    cache.flush().unwrap();
+    assert!(cache.snapshot().events.mapped_ahead > 0, "its first step is one, though all of it was there");
 }
 
 #[test]

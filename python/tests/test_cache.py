@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 from world import DIM, HEADS, LAYERS
@@ -127,7 +132,7 @@ def test_the_caller_can_do_the_background_work(model: vattn.Geometry, driver: va
         cache.tend()
 
 
-def test_geometries_come_by_name_from_a_config_and_in_numbers(tmp_path) -> None:
+def test_geometries_come_by_name_from_a_config_and_in_numbers(tmp_path: Path) -> None:
     llama = vattn.Geometry.preset("llama-3-8b", tensor_parallel=2)
     assert (llama.layers, llama.dtype, llama.bytes_per_token) == (32, "bfloat16", 65536)
     assert llama.layer(31) == vattn.Layers(1, 4, 128, 128)
@@ -141,13 +146,13 @@ def test_geometries_come_by_name_from_a_config_and_in_numbers(tmp_path) -> None:
     }
     made = vattn.Geometry.from_hf_config(config)
     assert (made.layers, made.dtype, made.layer(0)) == (2, "float16", vattn.Layers(1, 2, 32, 32))
-    (tmp_path / "config.json").write_text(__import__("json").dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for path in (tmp_path, str(tmp_path / "config.json")):
         assert vattn.Geometry.from_hf_config(path, dtype=np.float32).bytes_per_token == 2 * 2 * 64 * 4
 
     class Config:
         def to_json_string(self, use_diff: bool) -> str:
-            return __import__("json").dumps(config)
+            return json.dumps(config)
 
     assert vattn.Geometry.from_hf_config(Config()).layers == 2
     mixed = vattn.Geometry([vattn.Layers(2, 8, 64, 64), vattn.Layers(3, 0, 576, 0)], dtype="float8_e4m3fn")
@@ -171,6 +176,13 @@ def test_objects_can_go_in_any_order(model: vattn.Geometry, driver: vattn.HostDr
         driver.memory()
     with pytest.raises(vattn.InvalidHandle):
         model.layer(0)
+
+
+def test_nothing_is_copied_by_accident(cache: vattn.KvCache, driver: vattn.HostDriver, model: vattn.Geometry) -> None:
+    for owned in (cache, driver, model, cache.raw(0)):
+        for refused in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="belongs to its process"):
+                refused(owned)
 
 
 def test_a_cache_that_nobody_closed_is_closed_and_told_of(model: vattn.Geometry) -> None:

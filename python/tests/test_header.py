@@ -13,6 +13,7 @@ import vattn
 from vattn import _call, cache, errors, geometry, stats
 from vattn._native import ffi
 
+LEFT_OUT = {"vattn_dlpack_destroy": "capsules end through vattn_dlpack_capsule_destroy"}
 PACKAGE = Path(vattn.__file__).parent
 
 
@@ -28,7 +29,7 @@ def unused(symbols: list[str], text: str) -> list[str]:
 def test_every_function_of_the_header_is_called() -> None:
     symbols = (ROOT / "include" / "vattn.symbols").read_text().split()
     assert len(symbols) > 70
-    assert unused(symbols, used()) == []
+    assert unused(symbols, used()) == sorted(LEFT_OUT)
 
 
 def test_a_function_that_is_not_called_is_seen() -> None:

@@ -6,14 +6,15 @@
     with vattn.KvCache(model, vattn.HostDriver("1GiB"), max_slots=64) as cache:
         slot = cache.acquire(1000)
         cache.step([(slot, 1000)])                  # the prompt is backed
-        keys = cache.raw(0).numpy()[slot.index]     # [token, head, dim]
-        keys[:1000] = 1
+        keys = cache.view(slot, layer=0)            # [token, head, dim]; torch.from_dlpack(keys), keys.numpy()
         cache.retire(slot, vattn.IDLE)
 
 Sizes are in bytes, lengths in tokens, strides in elements. The GIL is released in every call.
 """
 
+from vattn.buffer import Buffer
 from vattn.cache import KvCache, Options, plan
+from vattn.catalog import Kernel, Latent, Preset, Tile, kernels, presets
 from vattn.drivers import CheckedDriver, CudaDriver, Driver, HostDriver, LedgerDriver
 from vattn.errors import (
     CapturingStream,
@@ -47,11 +48,13 @@ from vattn.geometry import Geometry, Layers
 from vattn.library import __version__, cuda_device, cuda_devices, probe
 from vattn.log import flush_logging, set_logging
 from vattn.slots import Batch, Slot
-from vattn.stats import Bytes, CallStats, CudaDevice, Layout, Live, Memory, Stats, Tensor
+from vattn.stats import BufferInfo, Bytes, CallStats, CudaDevice, Layout, Live, Memory, Stats, Tensor
 from vattn.views import View
 
 __all__ = [
     "Batch",
+    "Buffer",
+    "BufferInfo",
     "Bytes",
     "CallStats",
     "CapturingStream",
@@ -77,7 +80,9 @@ __all__ = [
     "InvalidConfig",
     "InvalidGeometry",
     "InvalidHandle",
+    "Kernel",
     "KvCache",
+    "Latent",
     "Layers",
     "Layout",
     "LedgerDriver",
@@ -90,12 +95,14 @@ __all__ = [
     "OutOfDeviceMemory",
     "OutOfMappings",
     "Panic",
+    "Preset",
     "Slot",
     "SlotBusy",
     "StaleSlot",
     "Stats",
     "Stream",
     "Tensor",
+    "Tile",
     "TooManyTokens",
     "Unhealthy",
     "Unsupported",
@@ -104,7 +111,9 @@ __all__ = [
     "cuda_device",
     "cuda_devices",
     "flush_logging",
+    "kernels",
     "plan",
+    "presets",
     "probe",
     "set_logging",
 ]

@@ -52,7 +52,7 @@ class Buffer(Owned):
 
     def decommit(self, offset: int | str, size: int | str, *fences: Any) -> None:
         """Says that the bytes of a range are no longer wanted, once the fences have fired, which are waited for.
-        What a view of the buffer keeps stays."""
+        Arrays over the range have no memory there from then on, and touching it is fatal."""
         held = pack(fences)
         check(
             lib.vattn_buffer_decommit(self._handle, _size("offset", offset), _size("size", size), held, len(held))
@@ -67,9 +67,9 @@ class Buffer(Owned):
     def array(self, dtype: Any, shape: int | Sequence[int], offset: int | str = 0) -> View:
         """An array over the buffer from byte `offset` on, the last dimension's elements side by side.
 
-        The view, and whatever is made from it, keeps the addresses and what is committed when it is made.
-        **Touching what is not committed is fatal**: a segmentation fault on the host, an illegal access on a
-        device.
+        The view, and whatever is made from it, keeps the addresses, and after `close` also what is committed
+        then. **Touching what is not committed, or was decommitted, is fatal**: a segmentation fault on the host,
+        an illegal access on a device.
         """
         kind = dtype_number(dtype)
         if dtype is None:

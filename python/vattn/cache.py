@@ -303,6 +303,8 @@ class KvCache(Owned):
 
     def calls(self, verb: str | None = None) -> CallStats:
         """Calls of the driver of one verb, such as `map`; None is all of them."""
+        if verb is None:
+            return self.stats().driver
         out = ffi.new("vattn_call_stats *")
         check(lib.vattn_cache_calls(self._handle, verb_number(verb), out))
         return read(CallStats, out)
@@ -338,7 +340,8 @@ class KvCache(Owned):
 
         It is safe: its memory stays where it is while the view lives, or anything that was made from it,
         through retire, truncate, trim and close. The contents are another matter: once the slot is retired,
-        another request may write there. A slot of no tokens has an empty view.
+        another request may write there. On a device, kernels over it have to be done when the last of these goes,
+        unless a later fence covers them. A slot of no tokens has an empty view.
         """
         out, pin = self._struct(lib.vattn_cache_view, layer, part), self._pin(slot)
         info = sized("vattn_pin_info")

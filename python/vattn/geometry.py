@@ -101,7 +101,7 @@ class Geometry(Owned):
             path = Path(config)
             contents = (path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8")
         elif isinstance(config, Mapping):
-            contents = json.dumps(dict(config))
+            contents = json.dumps(dict(config), default=lambda value: str(value).removeprefix("torch."))
         elif callable(getattr(config, "to_json_string", None)):
             contents = config.to_json_string(use_diff=False)
         else:

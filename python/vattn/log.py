@@ -95,9 +95,10 @@ def _number(level: int | str | None) -> int | None:
             return NAMES[level.lower()]
         except KeyError:
             raise ValueError(f"level is {level!r}; it can be {', '.join(map(repr, NAMES))}") from None
-    if level is None or (isinstance(level, int) and not isinstance(level, bool) and 0 <= level <= logging.ERROR):
+    whole = isinstance(level, int) and not isinstance(level, bool)
+    if level is None or (whole and 0 <= level <= logging.ERROR):
         return level
-    raise (ValueError if isinstance(level, int) else TypeError)(
+    raise (ValueError if whole else TypeError)(
         f"level is {level!r}; it can be a number from 0 to {logging.ERROR}, or {', '.join(map(repr, NAMES))}"
     )
 

@@ -26,7 +26,8 @@ use crate::units::{Bytes, Device, DeviceAddr, Granules, SlotId, TokenCount};
 /// slot's owners gave. So a pin is dropped once the device is done with what was launched on its memory, unless
 /// a fence that is given later, when the slot is retired or truncated, covers it.
 ///
-/// **Threads.** `Send + Sync`; any thread may drop it. That takes a short lock, or with
+/// **Threads.** `Send + Sync`; any thread may drop it, but not inside a subscriber of `tracing`'s, where the
+/// cache's locks may be held. That takes a short lock, or with
 /// [`Reclaim::Eager`](crate::geometry::Reclaim::Eager) and no background, and where the cache is gone, waits for
 /// fences and unmaps.
 ///

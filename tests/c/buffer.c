@@ -76,13 +76,15 @@ static void refused(const world *made) {
     CHECK_OK(vattn_buffer_commit(buffer, 0, size));
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "0 bytes", vattn_buffer_commit(buffer, 0, 0));
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "reach beyond the buffer", vattn_buffer_commit(buffer, size, 1));
-    CHECK_FAILS(VATTN_INVALID_ARGUMENT, "reach beyond the buffer", vattn_buffer_commit(buffer, UINT64_MAX, 2));
+    CHECK_FAILS(VATTN_INVALID_ARGUMENT, "reach beyond the buffer",
+                vattn_buffer_commit(buffer, UINT64_MAX, 2));
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "0 bytes", vattn_buffer_decommit(buffer, 0, 0, &idle, 1));
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "reach beyond the buffer",
                 vattn_buffer_decommit(buffer, 1, size, &idle, 1));
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "no fence is given", vattn_buffer_decommit(buffer, 0, size, NULL, 0));
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "fences is NULL", vattn_buffer_decommit(buffer, 0, size, NULL, 1));
-    CHECK_FAILS(VATTN_INVALID_ARGUMENT, "an event's fence", vattn_buffer_decommit(buffer, 0, size, &wrong, 1));
+    CHECK_FAILS(VATTN_INVALID_ARGUMENT, "an event's fence",
+                vattn_buffer_decommit(buffer, 0, size, &wrong, 1));
     wrong.kind = 7;
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "a fence's kind is 7",
                 vattn_buffer_decommit(buffer, 0, size, &wrong, 1));

@@ -6,6 +6,7 @@ use vattn::ffi::vattn_dtype::*;
 use vattn::ffi::vattn_status::{self, *};
 use vattn::ffi::{vattn_array, vattn_pin_info, vattn_slot};
 
+use super::buffers::Buffer;
 use super::contents::{self, View};
 use super::room::{Expect, Room, WRONG};
 use super::source::Source;
@@ -21,6 +22,30 @@ pub(crate) struct Kept {
     slot: vattn_slot,
     tokens: u64,
     views: Vec<View>,
+    /// Where a buffer is, and how long.
+    buffer: Option<(usize, u64)>,
+}
+
+impl Kept {
+    pub(crate) fn of_buffer(buffer: &Buffer) -> Self {
+        Self {
+            cache: buffer.handle,
+            base: buffer.base,
+            slot: NO_SLOT,
+            tokens: 0,
+            views: Vec::new(),
+            buffer: Some((buffer.data, buffer.size)),
+        }
+    }
+
+    /// An array in what is kept: where it is, the bytes of an element, the shape and the strides.
+    fn array(&self, s: &mut impl Source) -> Option<(usize, usize, [i64; 3], [i64; 3])> {
+        if let Some((data, size)) = self.buffer {
+            let rows = i64::try_from(size).unwrap() / 64;
+            return Some((data, 1, [rows, 1, 64], [64, 64, 1]));
+        }
+        (!self.views.is_empty()).then(|| self.views[s.index(self.views.len())].array(self.slot, self.tokens))
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -96,6 +121,7 @@ impl World {
             slot: if is_slot { slot } else { NO_SLOT },
             tokens,
             views: if is_known { of.views.clone() } else { Vec::new() },
+            buffer: None,
         };
         self.pins.push(Pin { handle: room.get(), kept });
     }
@@ -110,7 +136,8 @@ impl World {
         if let (VATTN_OK, Some(at)) = (status, at) {
             let (info, kept) = (room.get::<vattn_pin_info>(), &self.pins[at].kept);
             assert!(info.tokens >= kept.tokens || self.crowd == Crowd::Wild, "{info:?} of {kept:?}");
-            assert_eq!(info.tokens == 0, info.bytes == 0, "{info:?}");
+            let is_buffer = kept.buffer.is_some();
+            assert!((info.tokens == 0) == (info.bytes == 0) || is_buffer, "{info:?}");
             self.touch(kept);
         }
     }
@@ -125,11 +152,7 @@ impl World {
     pub(crate) fn pin_dlpack(&mut self, s: &mut impl Source) {
         let mut expect = Expect::default();
         let (pin, at) = self.pin(s, &mut expect);
-        let view = at.and_then(|at| {
-            let kept = &self.pins[at].kept;
-            (!kept.views.is_empty())
-                .then(|| kept.views[s.index(kept.views.len())].array(kept.slot, kept.tokens))
-        });
+        let view = at.and_then(|at| self.pins[at].kept.array(s));
         // Of a driver that only keeps books, addresses are nobody's.
         let (data, element, mut shape, mut strides) = view.unwrap_or((2, 1, [1; 3], [1; 3]));
         if view.is_none() {

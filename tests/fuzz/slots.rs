@@ -46,7 +46,12 @@ pub(crate) struct Fences {
 
 impl World {
     pub(crate) fn fences(&self, s: &mut impl Source, expect: &mut Expect, cache: Option<usize>) -> Fences {
-        let base = cache.map(|cache| &self.bases[self.caches[cache].base]);
+        self.fences_of(s, expect, cache.map(|cache| self.caches[cache].base))
+    }
+
+    /// Fences for work on the streams of a base.
+    pub(crate) fn fences_of(&self, s: &mut impl Source, expect: &mut Expect, base: Option<usize>) -> Fences {
+        let base = base.map(|base| &self.bases[base]);
         let mut all = Vec::new();
         let mut held = Some(fired());
         for _ in 0..s.pick(&[1, 1, 1, 1, 2, 3]) {
@@ -137,6 +142,7 @@ impl World {
             || others
             || lost
             || self.is_kept(of.base)
+            || self.buffers.iter().any(|buffer| buffer.base == of.base)
             || of.layers.iter().any(|layer| self.layers[*layer].is_leaky)
             || of.budget > base.capacity
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use vattn::ffi::vattn_status::{self, *};
 use vattn::ffi::{vattn_background, vattn_layout, vattn_slot};
 
+use super::buffers::Buffer;
 use super::contents::View;
 use super::pins::{Pin, Tensor};
 use super::room::{Expect, WRONG};
@@ -107,6 +108,7 @@ pub(crate) struct World {
     pub(crate) layers: Vec<Layer>,
     pub(crate) drivers: Vec<Driver>,
     pub(crate) caches: Vec<Cache>,
+    pub(crate) buffers: Vec<Buffer>,
     pub(crate) pins: Vec<Pin>,
     pub(crate) tensors: Vec<Tensor>,
     pub(crate) strings: Vec<usize>,
@@ -197,6 +199,7 @@ impl World {
             layers: Vec::new(),
             drivers: Vec::new(),
             caches: Vec::new(),
+            buffers: Vec::new(),
             pins: Vec::new(),
             tensors: Vec::new(),
             strings: Vec::new(),
@@ -305,8 +308,10 @@ impl World {
     fn all_alive(&self) -> Vec<usize> {
         let geometries = self.geometries.iter().map(|geometry| geometry.handle);
         let drivers = self.drivers.iter().map(|driver| driver.handle);
+        let caches = self.caches.iter().map(|cache| cache.handle);
         let pins = self.pins.iter().map(|pin| pin.handle);
-        geometries.chain(drivers).chain(self.caches.iter().map(|cache| cache.handle)).chain(pins).collect()
+        let buffers = self.buffers.iter().map(|buffer| buffer.handle);
+        geometries.chain(drivers).chain(caches).chain(pins).chain(buffers).collect()
     }
 
     pub(crate) fn geometry(&self, s: &mut impl Source, expect: &mut Expect) -> (usize, Option<usize>) {

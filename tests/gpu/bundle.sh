@@ -32,7 +32,7 @@ built() {
 }
 built cargo build --release --workspace
 built cargo test --release --no-run -p vattn \
-    --test conformance --test model --test fault_sweep --test contents --test cuda \
+    --test conformance --test buffer --test model --test fault_sweep --test contents --test cuda \
     --test mapper_on_card --test soak
 built cargo bench --no-run -p vattn --benches
 built cargo build --release --example attention

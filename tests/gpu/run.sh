@@ -39,7 +39,7 @@ note() {
 }
 
 tests() {
-    for test in conformance cuda model fault_sweep contents mapper_on_card soak; do
+    for test in conformance cuda buffer model fault_sweep contents mapper_on_card soak; do
         # One after the other: they count the memory that is free.
         note "$test" "bin/$test" --test-threads=1 --nocapture
     done
@@ -55,7 +55,7 @@ soak() {
 # Every access of a kernel is checked; CUDA's refusals, which the tests provoke, are not reported. Kernels are
 # slow there, and calls of the driver may wait for them.
 sanitizer() {
-    for test in conformance contents model fault_sweep mapper_on_card soak; do
+    for test in conformance buffer contents model fault_sweep mapper_on_card soak; do
         note "memcheck-$test" env VATTN_UNDER_TOOL=1 VATTN_DWELL_MS=200 VATTN_SOAK_SECONDS=30 \
             compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
             "bin/$test" --test-threads=1 --nocapture --skip touching_what_is_not_backed_faults
