@@ -1,14 +1,15 @@
 """Is attention over a cache's memory attention? Unmodified kernels against float32, in every layout.
 
-Batches of random lengths with holes between their slots, over all layers in one tensor, a tensor for each layer
-and four layers a tensor, keys and values apart and interleaved. All that a kernel is given comes from `vattn.torch`:
-views of exactly a slot's tokens, the whole tensor with indices and lengths, or pages with an identity table.
+Batches of random lengths with holes between their slots, over all layers in one tensor, a tensor for each
+layer and four layers a tensor, keys and values apart and interleaved. All that a kernel is given comes from
+`vattn.torch`: views of exactly a slot's tokens, the whole tensor with indices and lengths, or pages with an
+identity table.
 
     decode    one new query a sequence, which sees all of its tokens
     prefill   as many new queries as a third of the tokens, causal
 
-A kernel that is not installed is skipped, aloud; SDPA runs on the processor, too. Errors go to the folder that is
-named, as JSON and Markdown; one above 1 % ends the program with 1.
+A kernel that is not installed is skipped, aloud; SDPA runs on the processor, too. Errors go to the folder
+that is named, as JSON and Markdown; one above 1 % ends the program with 1.
 """
 
 from __future__ import annotations

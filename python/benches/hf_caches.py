@@ -9,14 +9,18 @@ A Llama-3-8B with random weights in bf16 answers through `model.generate()` with
 
 Asked for each shape, rows x (prompt + new tokens):
 
-1. **Steps.** What is a decode step, at the end of an answer, when most is cached? Caches are filled with random
-   states up to the last `--steps` tokens, and `generate` goes on from there. A step is the time from one token
-   in the streamer's hands to the next, so with everything that `generate` does, the wait for the token included.
-   Rounds are interleaved: each has all caches, in an order that rotates. A round's figure is the median of its
-   steps; a ratio is to the fastest of transformers' caches in the same round; of the ratios the median is told.
-2. **Bytes.** A whole answer from a random prompt through VattnCache, and through DynamicCache: the most bytes held
+1. **Steps.** What is a decode step, at the end of an answer, when most is cached? Caches are filled with
+random
+   states up to the last `--steps` tokens, and `generate` goes on from there. A step is the time from one
+   token in the streamer's hands to the next, so with everything that `generate` does, the wait for the token
+   included. Rounds are interleaved: each has all caches, in an order that rotates. A round's figure is the
+   median of its steps; a ratio is to the fastest of transformers' caches in the same round; of the ratios the
+   median is told.
+2. **Bytes.** A whole answer from a random prompt through VattnCache, and through DynamicCache: the most bytes
+held
    while decoding against those of the live tokens.
-3. **Tokens.** In the second of those answers each token is forced to be the first's, so that every position is
+3. **Tokens.** In the second of those answers each token is forced to be the first's, so that every position
+is
    compared: are the best tokens the same wherever the best two logits are further apart than bf16 can tell?
 
 It runs on a GPU, `--tiny` on the processor too. Results go to the folder that is named, as JSON and Markdown.
@@ -144,7 +148,8 @@ def held(device: torch.device) -> int:
 
 
 def fill(cache: Any, model: Any, rows: int, tokens: int) -> None:
-    """Random states for every layer, a part of the tokens at a time, as a prompt in parts would bring them."""
+    """Random states for every layer, a part of the tokens at a time, as a prompt in parts would bring
+    them."""
     config = model.config
     width = config.hidden_size // config.num_attention_heads
     part = max(1, min(tokens, (1 << 28) // (rows * config.num_key_value_heads * width)))

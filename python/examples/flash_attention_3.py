@@ -1,4 +1,5 @@
-"""FlashAttention-3 over a whole batch: the kernel takes the cache's tensors, the slots' indices and their lengths.
+"""FlashAttention-3 over a whole batch: the kernel takes the cache's tensors, the slots' indices and their
+lengths.
 
     pip install fa3-fwd && python examples/flash_attention_3.py        # needs an H100 or H200
 

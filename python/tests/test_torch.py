@@ -1,4 +1,5 @@
-"""Are PyTorch's tensors over a cache where they should be, and virtual tensors backed where they were committed?
+"""Are PyTorch's tensors over a cache where they should be, and virtual tensors backed where they were
+committed?
 
 Skipped, aloud, where PyTorch is missing.
 """
@@ -91,7 +92,7 @@ def test_pages_of_the_identity_table_are_the_slots_tokens(driver: vattn.Driver) 
         empty = vt.identity_page_csr(cache, slots, [0, 0, 5])
         assert empty.indptr.tolist() == [0, 0, 0, 1]
         assert empty.last_page_len.tolist() == [0, 0, 5]
-        del keys, pages
+        del keys, pages, _
 
 
 def test_lengths_and_indices_are_int32(driver: vattn.Driver) -> None:

@@ -344,8 +344,8 @@ def make_hybrid() -> Any:
 def test_a_budget_says_how_to_cure_it_and_harms_nothing(driver: vattn.Driver) -> None:
     model = make("Llama")
     tokens = prompt(rows=2, tokens=40, padded=False)["input_ids"]
-    # A token takes 3 layers x 2 x 4 heads x 8 x 4 bytes: 768, and a row of 64 KiB granules one for keys and one
-    # for values.
+    # A token takes 3 layers x 2 x 4 heads x 8 x 4 bytes: 768, and a row of 64 KiB granules one for keys and
+    # one for values.
     with VattnCache(model, driver=driver, budget="256KiB") as cache:
         first = steps(model, cache, tokens)
         with pytest.raises(vattn.OutOfBudget, match=r"2 rows of 241 tokens can't be held; give VattnCache a larger budget="):

@@ -39,7 +39,8 @@ Turn = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | Non
 
 @dataclass(frozen=True)
 class Shape:
-    """What layers must have in common to share a cache. `window` parts those that forget from those that don't."""
+    """What layers must have in common to share a cache. `window` parts those that forget from those that
+    don't."""
 
     heads: int
     key_dim: int
@@ -73,8 +74,8 @@ class LayerGroup:
         self.rows = self.held = self.backed = self.ahead = 0
         #: Tokens seen before and after the forward pass that goes on.
         self.before = self.after = 0
-        #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing was
-        #: there before.
+        #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing
+        #: was there before.
         self.turn: list[Turn] = []
         #: Tokens of the pass that no later one will see.
         self.skipped = 0
@@ -196,8 +197,8 @@ class LayerGroup:
     # ---- rows ----
 
     def set_rows(self, rows: int) -> None:
-        """So many rows from now on, of those there are slots for. Rows that go lose their tokens, rows that come
-        have none."""
+        """So many rows from now on, of those there are slots for. Rows that go lose their tokens, rows that
+        come have none."""
         done = fences(self.shape.device)
         for slot in self.ids[rows : self.rows]:
             self.cache.truncate(slot, 0, *done)

@@ -21,6 +21,7 @@ from vattn.views import View
 
 try:
     import torch
+    import torch.utils.dlpack
 except ImportError as missing:
     raise ImportError("vattn.torch needs PyTorch: pip install torch") from missing
 
@@ -49,7 +50,7 @@ def _over(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch
     name, bits = _BITS[view.element_bytes]
     # A tensor that is made in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
-        made: torch.Tensor = torch.from_dlpack(
+        made: torch.Tensor = torch.utils.dlpack.from_dlpack(
             View(
                 view._pin,
                 data_ptr=view.data_ptr,
@@ -67,8 +68,8 @@ def _over(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch
 def kv(cache: vattn.KvCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's keys and values by slot, `[slot, token, head, dim]` each, `slot.index` first.
 
-    Raw: tokens that no step has asked for must not be touched, not even by printing. They are made once; the same
-    tensors come back every time, and their addresses never change while the cache lives.
+    Raw: tokens that no step has asked for must not be touched, not even by printing. They are made once; the
+    same tensors come back every time, and their addresses never change while the cache lives.
     """
     return _once(cache, "raw", layer, "key"), _once(cache, "raw", layer, "value")
 
@@ -99,8 +100,8 @@ def _once(cache: vattn.KvCache, kind: str, layer: int, part: Part) -> torch.Tens
 
 
 def layer_blocks(cache: vattn.KvCache, part: Part) -> list[torch.Tensor]:
-    """All layers' keys or values, `[layer, slot, head, token, dim]`: one tensor where the layout is sliced, else
-    one for each tensor of the layout. Raw, as `kv` is."""
+    """All layers' keys or values, `[layer, slot, head, token, dim]`: one tensor where the layout is sliced,
+    else one for each tensor of the layout. Raw, as `kv` is."""
     blocks: list[torch.Tensor] = []
     views = [cache.raw(layer, part) for layer in range(cache.layout.layers)]
     first = 0
@@ -114,7 +115,8 @@ def layer_blocks(cache: vattn.KvCache, part: Part) -> list[torch.Tensor]:
         slots, tokens, heads, width = view.shape
         slot, token, head, one = view.strides
         layer = apart // view.element_bytes if last - first > 1 else 0
-        blocks.append(_over(view, (last - first, slots, heads, tokens, width), (layer, slot, head, token, one)))
+        shape, strides = (last - first, slots, heads, tokens, width), (layer, slot, head, token, one)
+        blocks.append(_over(view, shape, strides))
         first = last
     return blocks
 
@@ -163,8 +165,8 @@ def identity_page_table(
     lengths: Iterable[int] | torch.Tensor | None = None,
     device: Device = None,
 ) -> torch.Tensor:
-    """The pages of each slot, counting upward: int32 `[batch, most pages]` for FlashAttention's and vLLM's paged
-    kernels over `paged_kv`.
+    """The pages of each slot, counting upward: int32 `[batch, most pages]` for FlashAttention's and vLLM's
+    paged kernels over `paged_kv`.
 
     With lengths there are as many columns as the longest sequence has pages; without, as many as a slot has.
     Columns past a sequence's pages go on counting, and past a slot's last page stay there; kernels read
@@ -210,8 +212,8 @@ HOST_GRANULE = "64KiB"
 
 
 def driver_for(device: torch.device) -> vattn.Driver:
-    """The driver of a device of PyTorch's, made once for a process: CUDA's, or the host's with all memory of the
-    machine."""
+    """The driver of a device of PyTorch's, made once for a process: CUDA's, or the host's with all memory of
+    the machine."""
     known = _drivers.get((os.getpid(), device))
     if known is None:
         if device.type == "cpu":
@@ -230,12 +232,12 @@ def driver_for(device: torch.device) -> vattn.Driver:
 def _without_cuda(device: torch.device) -> str:
     if torch.version.cuda is None:
         return (
-            f"device is {device}, and this PyTorch, {torch.__version__}, is built without CUDA: install one that has "
-            "it, see https://pytorch.org/get-started"
+            f"device is {device}, and this PyTorch, {torch.__version__}, is built without CUDA: install one that "
+            "has it, with pip install torch --index-url and PyTorch's index for your CUDA"
         )
     return (
-        f"device is {device}, and PyTorch {torch.__version__} finds no GPU: install NVIDIA's driver, and see that the "
-        "process may use the GPU"
+        f"device is {device}, and PyTorch {torch.__version__} finds no GPU: install NVIDIA's driver, and see that "
+        "the process may use the GPU"
     )
 
 
@@ -282,8 +284,8 @@ def _end(buffer: Buffer, device: torch.device) -> None:
 
 
 def commit(rows_of: torch.Tensor, start: int, stop: int) -> None:
-    """Backs the rows from `start` to `stop` of dimension 0, whole or not at all. Rows that are committed stay as they
-    are; new ones hold whatever was in the memory before.
+    """Backs the rows from `start` to `stop` of dimension 0, whole or not at all. Rows that are committed stay
+    as they are; new ones hold whatever was in the memory before.
 
     The tensor is one of `empty_virtual`, or a range of rows of it. Raises `OutOfDeviceMemory`; PyTorch's
     caching allocator may hold what is missing, and `torch.cuda.empty_cache()` has it give that back.
@@ -294,8 +296,8 @@ def commit(rows_of: torch.Tensor, start: int, stop: int) -> None:
 
 
 def decommit(rows_of: torch.Tensor, start: int, stop: int, *fences_: Any) -> None:
-    """Says that the rows from `start` to `stop` are not needed any more, once the fences have fired, which are
-    waited for. On CUDA the current stream is the fence where none is given.
+    """Says that the rows from `start` to `stop` are not needed any more, once the fences have fired, which
+    are waited for. On CUDA the current stream is the fence where none is given.
 
     Memory goes by whole extents of which no byte is committed. What was in the rows is lost.
     """
@@ -320,8 +322,8 @@ def _buffer(tensor_of: torch.Tensor) -> Buffer:
     found = _virtual.get(tensor_of.untyped_storage().data_ptr())
     if found is None:
         raise ValueError(
-            f"a tensor {list(tensor_of.shape)} on {tensor_of.device} has memory of PyTorch's own; give one that "
-            "empty_virtual made, or rows of it"
+            f"a tensor {list(tensor_of.shape)} on {tensor_of.device} has memory of PyTorch's own; give one "
+            "that empty_virtual made, or rows of it"
         )
     return found
 
@@ -331,8 +333,8 @@ def _rows(tensor_of: torch.Tensor, start: int, stop: int) -> tuple[Buffer, int, 
     buffer = _buffer(tensor_of)
     if tensor_of.dim() == 0 or not tensor_of.is_contiguous():
         raise ValueError(
-            f"the view {list(tensor_of.shape)} with strides {list(tensor_of.stride())} is no range of rows; give the "
-            "tensor that empty_virtual made, or tensor[i:j]"
+            f"the view {list(tensor_of.shape)} with strides {list(tensor_of.stride())} is no range of rows; "
+            "give the tensor that empty_virtual made, or tensor[i:j]"
         )
     start, stop = operator.index(start), operator.index(stop)
     if not 0 <= start <= stop <= tensor_of.shape[0]:

@@ -7,8 +7,8 @@
 
 Keys and values of a token are written once and stay where they are: growing maps memory behind what is there,
 where `DynamicCache` copies everything and `StaticCache` pays for the longest answer in advance. Models and
-attention back ends are as they are. A layer gets views `[batch, head, token, dim]` of exactly the tokens there are,
-with gaps between one token and the next, which SDPA, FlashAttention and eager attention take.
+attention back ends are as they are. A layer gets views `[batch, head, token, dim]` of exactly the tokens
+there are, with gaps between one token and the next, which SDPA, FlashAttention and eager attention take.
 
 Inference only, as `generate` is. Not for several threads at once, as all caches of transformers.
 """
@@ -34,23 +34,19 @@ if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"{NEEDED}, and this is transformers {transformers.__version__}: {INSTALL}")
 
 import vattn
-from vattn._call import size
 from vattn._layer_group import LayerGroup, Shape
-from vattn.torch import DTYPE_NAMES, driver_for
+from vattn._opener import DriverChoice, Opener, explained
+from vattn.torch import DTYPE_NAMES
 
-#: Addresses that the rows of one group of layers may take, of the 64 TiB and more that a process has.
-ADDRESSES = 16 << 40
-#: Tokens for which a row has addresses at the least, whatever a model's configuration says.
-LEAST_TOKENS = 131_072
 
+REFUSALS = (vattn.OutOfBudget, vattn.OutOfDeviceMemory, vattn.OutOfMappings, vattn.TooManyTokens)
 States = tuple[torch.Tensor, torch.Tensor]
-DriverChoice = vattn.Driver | Callable[[torch.device], vattn.Driver] | None
 
 
 def _never_compiled(function: Any) -> Any:
     reason = (
-        "a VattnCache asks a driver for memory, which a compiled graph can't: compile without fullgraph=True, or use "
-        "a StaticCache"
+        "a VattnCache asks a driver for memory, which a compiled graph can't: compile without fullgraph=True, or "
+        "use a StaticCache"
     )
     try:
         return torch.compiler.disable(function, reason=reason)
@@ -160,42 +156,6 @@ class VattnWindowLayer(VattnLayer):
     get_max_cache_shape = get_max_length
 
 
-class _Opener:
-    """How caches are made for one `VattnCache`. Knows nothing of it, so that nobody keeps it alive."""
-
-    def __init__(
-        self, config: Any, budget: int | str | None, max_tokens: int | None, driver: DriverChoice, options: dict[str, Any]
-    ) -> None:
-        self.positions = int(getattr(config, "max_position_embeddings", 0) or 0)
-        self.budget = None if budget is None else size("budget", budget)
-        self.max_tokens, self.driver, self.options = max_tokens, driver, options
-        self.drivers: dict[torch.device, vattn.Driver] = {}
-
-    def __call__(self, shape: Shape, layers: int, slots: int) -> vattn.KvCache:
-        """A cache for so many layers and rows."""
-        if shape.device not in self.drivers:
-            self.drivers[shape.device] = self._driver(shape.device)
-        driver = self.drivers[shape.device]
-        tokens = self.max_tokens
-        if tokens is None:
-            row = layers * shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
-            tokens = max(min(max(self.positions, LEAST_TOKENS), ADDRESSES // (slots * row)), 1)
-        budget = driver.memory().total if self.budget is None else self.budget
-        return vattn.KvCache(
-            shape.geometry(layers), driver, budget=budget, max_tokens=tokens, max_slots=slots, **self.options
-        )
-
-    def _driver(self, device: torch.device) -> vattn.Driver:
-        if callable(self.driver):
-            return self.driver(device)
-        if self.driver is not None:
-            return self.driver
-        try:
-            return driver_for(device)
-        except TypeError as error:
-            raise TypeError(f"the model is on {device}, where a VattnCache can't be: use a DynamicCache") from error
-
-
 def _close_all(groups: list[LayerGroup]) -> None:
     while groups:
         groups.pop().close()
@@ -204,24 +164,25 @@ def _close_all(groups: list[LayerGroup]) -> None:
 class VattnCache(cache_utils.Cache):  # type: ignore[misc]
     """A cache for a decoder of transformers whose tokens stay where they are.
 
-    `model` is the model, or its configuration. Where a model lies on several devices give the model: then it is
-    known beforehand which layers share one. Everything else has a default that serves:
+    `model` is the model, or its configuration. Where a model lies on several devices give the model: then it
+    is known beforehand which layers share one. Everything else has a default that serves:
 
     - `budget`: bytes that may be held on a device, a number or `"16GiB"`. Default: all that the device has.
     - `max_tokens`: the longest row, prompt and answer together. Costs addresses alone. Default: the model's
       `max_position_embeddings`, at least 131,072.
-    - `driver`: a `vattn.Driver`, or a function from a `torch.device` to one. Default: CUDA's or the host's, by
-      where the model's states are.
+    - `driver`: a `vattn.Driver`, or a function from a `torch.device` to one. Default: CUDA's or the host's,
+      by where the model's states are.
     - `layout`, `kv_order`: how tensors lie, as for `vattn.KvCache`. Default: `"sliced"`, `"apart"`.
     - further options are `vattn.KvCache`'s.
 
     Memory is taken when tokens come, and stays with the cache for the next ones after `crop` and `reset`;
-    `close()`, leaving `with`, or dropping the cache gives it back, once the current stream is done with it. PyTorch's
-    caching allocator keeps what it once had: where that is most of the device, a step that gets no memory empties it
-    and tries again. What `update` returned, and `layers[i].keys`, are views that end with that.
+    `close()`, leaving `with`, or dropping the cache gives it back, once the current stream is done with it.
+    PyTorch's caching allocator keeps what it once had: where that is most of the device, a step that gets no
+    memory empties it and tries again. What `update` returned, and `layers[i].keys`, are views that end with
+    that.
 
-    Layers of different shape or device get a cache each. Layers without keys and values (linear attention, mamba), and
-    those of kinds that this class does not know, are transformers' own.
+    Layers of different shape or device get a cache each. Layers without keys and values (linear attention,
+    mamba), and those of kinds that this class does not know, are transformers' own.
     """
 
     is_compileable = False
@@ -244,7 +205,7 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         # Nothing is kept at hand and growth is asked for by name: what is held stays close to what is needed.
         defaults = {"slack_divisor": 64, "look_ahead": 0, "at_hand": 0}
         options = {"layout": layout, "kv_order": kv_order, **defaults, **options}
-        self._opener = _Opener(config, budget, max_tokens, driver, options)
+        self._opener = Opener(config, budget, max_tokens, driver, options)
         self._hints = _hints(model, config)
         self._watch([])
         super().__init__(layers=_layers(self, config))
@@ -262,7 +223,8 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> States:
-        """Takes a layer's new tokens, `[batch, head, token, dim]`, and returns all that attention is to see."""
+        """Takes a layer's new tokens, `[batch, head, token, dim]`, and returns all that attention is to
+        see."""
         layer = self._fast[layer_idx]
         if layer is None:
             states: States = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -283,14 +245,14 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         else:
             into_keys.copy_(key_states)
             into_values.copy_(value_states)
-        if seen_keys is None:
+        if seen_keys is None or seen_values is None:
             # Nothing was there: attention may as well read what was given.
             return key_states, value_states
         return seen_keys, seen_values
 
     def _begin(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> LayerGroup:
-        """The group of a layer that is the first of it in a forward pass, with room for all of them; or, where
-        the layer is new and the pass goes on already, just the group."""
+        """The group of a layer that is the first of it in a forward pass, with room for all of them; or,
+        where the layer is new and the pass goes on already, just the group."""
         if keys.requires_grad or values.requires_grad:
             raise RuntimeError(
                 "a VattnCache keeps no gradients: call the model under torch.no_grad() or torch.inference_mode()"
@@ -304,15 +266,15 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
             raise ValueError(f"layer {layer.index} came with {heads} heads; it had {group.shape.heads} so far")
         if rows != group.rows and group.after:
             raise ValueError(
-                f"a batch of {rows} came to a cache that holds {group.rows} rows of {group.after} tokens; call reset(), "
-                "batch_repeat_interleave() or batch_select_indices() first"
+                f"a batch of {rows} came to a cache that holds {group.rows} rows of {group.after} tokens; call "
+                "reset(), batch_repeat_interleave() or batch_select_indices() first"
             )
         try:
             if rows != group.rows:
                 group.restart(rows)
             self._grow(group, count, layer.record_past)
-        except (vattn.OutOfBudget, vattn.OutOfDeviceMemory, vattn.OutOfMappings, vattn.TooManyTokens) as error:
-            raise _explained(error, rows, group.held + count) from error
+        except REFUSALS as error:
+            raise explained(error, rows, group.held + count) from error
         return group
 
     def _grow(self, group: LayerGroup, count: int, keep_all: bool) -> None:
@@ -373,17 +335,20 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
     def _shape(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> Shape:
         if keys.dtype not in DTYPE_NAMES:
             kinds = ", ".join(DTYPE_NAMES.values())
-            raise TypeError(f"layer {layer.index} has states of {keys.dtype}; a VattnCache keeps {kinds}: load the model in one of them")
+            raise TypeError(
+                f"layer {layer.index} has states of {keys.dtype}; a VattnCache keeps {kinds}: load the model in one "
+                "of them"
+            )
         if keys.dim() != 4 or values.shape[:3] != keys.shape[:3] or values.dtype != keys.dtype:
             raise TypeError(
-                f"layer {layer.index} has keys {list(keys.shape)} of {keys.dtype} and values {list(values.shape)} of "
-                f"{values.dtype}; both have to be [batch, head, token, dim], alike but for dim: use a DynamicCache"
+                f"layer {layer.index} has keys {list(keys.shape)} of {keys.dtype} and values {list(values.shape)} "
+                f"of {values.dtype}; both have to be [batch, head, token, dim], alike but for dim: use a DynamicCache"
             )
         return Shape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device, layer.window)
 
     def _settle(self, group: LayerGroup) -> None:
         """After its first pass: gives up places of layers that turned out to be elsewhere, or nowhere."""
-        joined = [layer for layer in self.layers if getattr(layer, "group", None) is group]
+        joined = [layer for layer in self._own() if layer.group is group]
         if len(joined) == len(group.plan) or not group.after:
             return
         group.move([layer.at for layer in joined], group.rows)
@@ -400,16 +365,16 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
         return (layer for layer in self.layers if not isinstance(layer, VattnLayer))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens of every row away: `-n` takes n. A number above 0 is how many stay, as in older
-        releases of transformers. Their memory stays mapped for the next ones."""
+        """Takes the last tokens of every row away: `-n` takes n. A number above 0 is how many stay, as in
+        older releases of transformers. Their memory stays mapped for the next ones."""
         for layer in self._others():
             layer.crop(tokens_to_remove)
         for group in self.groups:
             count = -tokens_to_remove if tokens_to_remove <= 0 else max(group.after - tokens_to_remove, 0)
             if not group.crop(min(count, group.after)):
                 raise RuntimeError(
-                    f"{count} tokens can't be taken from a window of {group.shape.window} that has forgotten what was "
-                    "before them: call activate_past_recording() before the forward pass that adds them"
+                    f"{count} tokens can't be taken from a window of {group.shape.window} that has forgotten what "
+                    "was before them: call activate_past_recording() before the forward pass that adds them"
                 )
         for layer in self._own():
             layer.length = 0 if layer.group is None else layer.group.after
@@ -438,8 +403,8 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
             group.rearrange([row for row in range(group.rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows, in this order: indices, or a truth for each row. The others' memory is kept for rows
-        that come."""
+        """Keeps these rows, in this order: indices, or a truth for each row. The others' memory is kept for
+        rows that come."""
         for layer in self._others():
             layer.batch_select_indices(indices)
         if self.groups:
@@ -456,8 +421,8 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
     # ---- its life ----
 
     def close(self) -> None:
-        """Gives all memory back, once the current stream is done with it, and forgets all tokens. Used again, it
-        begins anew."""
+        """Gives all memory back, once the current stream is done with it, and forgets all tokens. Used again,
+        it begins anew."""
         self.reset()
         for layer in self._own():
             layer.group = None
@@ -497,7 +462,8 @@ class VattnCache(cache_utils.Cache):  # type: ignore[misc]
 
 
 def _layers(cache: VattnCache, config: Any) -> list[Any]:
-    """The layers that transformers would make, with those that keep every token or a window of them replaced."""
+    """The layers that transformers would make, with those that keep every token or a window of them
+    replaced."""
     layers: list[Any] = []
     for index, layer in enumerate(cache_utils.DynamicCache(config=config).layers):
         if type(layer) is cache_utils.DynamicLayer:
@@ -510,8 +476,8 @@ def _layers(cache: VattnCache, config: Any) -> list[Any]:
 
 
 def _hints(model: Any, config: Any) -> list[Any]:
-    """For each layer what says which others it is like: heads, width and device. None for one without tokens of
-    its own."""
+    """For each layer what says which others it is like: heads, width and device. None for one without tokens
+    of its own."""
     count = config.num_hidden_layers
     each = getattr(config, "per_layer_config", None) or [config] * count
     own = count - int(getattr(config, "num_kv_shared_layers", 0) or 0)
@@ -525,16 +491,3 @@ def _hints(model: Any, config: Any) -> list[Any]:
         else None
         for index, layer in enumerate(each)
     ]
-
-
-def _explained(error: vattn.Error, rows: int, tokens: int) -> vattn.Error:
-    """The same error with what it means here, and the cure."""
-    cure = {
-        vattn.OutOfBudget: "give VattnCache a larger budget=, or generate with fewer rows or tokens",
-        vattn.TooManyTokens: "give VattnCache a larger max_tokens=",
-        vattn.OutOfMappings: "raise vm.max_map_count, or generate with fewer rows",
-    }.get(type(error), "generate with fewer rows or tokens, or close what else holds the device's memory")
-    said = type(error)(f"{rows} rows of {tokens} tokens can't be held; {cure}. {error.message}")
-    said.verb, said.driver_code = error.verb, error.driver_code
-    said.driver_name, said.driver_bytes = error.driver_name, error.driver_bytes
-    return said
