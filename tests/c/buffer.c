@@ -13,8 +13,10 @@ static void making(const world *made) {
     vattn_buffer_options options;
     vattn_buffer *buffer = NULL, *out;
     vattn_buffer_info info;
+    vattn_ledger_options ledger;
+    vattn_driver *small = NULL;
     SIZED(options);
-    options.size = (uint64_t)1 << 40;
+    options.size = (uint64_t)1 << 30;
     CHECK_OK(vattn_buffer_create(&options, made->driver, &buffer));
     info = describe(buffer);
     CHECK(info.data != NULL && info.size == options.size && info.granule == WORLD_GRANULE);
@@ -38,9 +40,13 @@ static void making(const world *made) {
     options.size = UINT64_MAX;
     CHECK_FAILS_OUT(VATTN_INVALID_ARGUMENT, "can't be reserved", out,
                     vattn_buffer_create(&options, made->driver, &out));
-    options.size = (uint64_t)1 << 62;
-    CHECK_FAILS_OUT(VATTN_OUT_OF_ADDRESS_SPACE, "4194304 TiB of addresses", out,
-                    vattn_buffer_create(&options, made->driver, &out));
+    SIZED(ledger);
+    ledger.capacity = ledger.addresses = (uint64_t)1 << 30;
+    CHECK_OK(vattn_driver_create_ledger(&ledger, &small));
+    options.size = (uint64_t)1 << 40;
+    CHECK_FAILS_OUT(VATTN_OUT_OF_ADDRESS_SPACE, "reserving 1 TiB of addresses", out,
+                    vattn_buffer_create(&options, small, &out));
+    CHECK_OK(vattn_driver_destroy(small));
 }
 
 /* Rows of a granule and a half: neighbours share one. */
