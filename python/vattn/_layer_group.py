@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import TypeAlias
 
 import torch
 
@@ -32,9 +33,9 @@ AHEAD_LEAST = 32
 #: A window is moved to the front once a share of it has been forgotten, so that a token is moved so often.
 MOVES = 4
 
-Blocks = list[torch.Tensor]
-Views = Sequence[torch.Tensor]
-Turn = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Blocks: TypeAlias = "list[torch.Tensor]"
+Views: TypeAlias = "Sequence[torch.Tensor]"
+Turn: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,7 +17,7 @@ ADDRESSES = 16 << 40
 #: Tokens for which a row has addresses at the least, whatever a model's configuration says.
 LEAST_TOKENS = 131_072
 
-DriverChoice = vattn.Driver | Callable[[torch.device], vattn.Driver] | None
+DriverChoice: TypeAlias = "vattn.Driver | Callable[[torch.device], vattn.Driver] | None"
 
 
 class Opener:

@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import vattn
 from vattn.buffer import Buffer
@@ -26,7 +26,7 @@ except ImportError as missing:
     raise ImportError("vattn.torch needs PyTorch: pip install torch") from missing
 
 Part = Literal["key", "value"]
-Device = torch.device | str | int | None
+Device: TypeAlias = "torch.device | str | int | None"
 
 #: PyTorch's types by vattn's names for them.
 DTYPES: dict[str, torch.dtype] = {

@@ -20,7 +20,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 NEEDED = "vattn.transformers needs transformers 5 and PyTorch"
 INSTALL = "pip install 'transformers>=5' torch"
@@ -40,7 +40,7 @@ from vattn.torch import DTYPE_NAMES
 
 
 REFUSALS = (vattn.OutOfBudget, vattn.OutOfDeviceMemory, vattn.OutOfMappings, vattn.TooManyTokens)
-States = tuple[torch.Tensor, torch.Tensor]
+States: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
 
 def _never_compiled(function: Any) -> Any:
@@ -55,7 +55,7 @@ def _never_compiled(function: Any) -> Any:
         return torch.compiler.disable(function)
 
 
-class VattnLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
+class VattnLayer(cache_utils.CacheLayerMixin):
     """A layer that keeps every token, in a group of layers that grow together."""
 
     is_sliding = False
@@ -161,7 +161,7 @@ def _close_all(groups: list[LayerGroup]) -> None:
         groups.pop().close()
 
 
-class VattnCache(cache_utils.Cache):  # type: ignore[misc]
+class VattnCache(cache_utils.Cache):
     """A cache for a decoder of transformers whose tokens stay where they are.
 
     `model` is the model, or its configuration. Where a model lies on several devices give the model: then it
