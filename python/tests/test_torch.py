@@ -190,3 +190,28 @@ def test_a_virtual_tensor_refuses_what_it_can_not_do() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="device is cuda, and .* install"):
             vt.empty_virtual((3,), device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIP: there is no GPU")
+def test_on_a_gpu_it_is_the_same() -> None:
+    virtual = vt.empty_virtual((1 << 20, 1 << 16), torch.bfloat16, "cuda")
+    vt.commit(virtual, 100, 200)
+    virtual[100:200] = 1.0
+    vt.decommit(virtual, 100, 150)
+    assert vt.committed(virtual) == 50 << 17
+    assert virtual[150:200].sum(dtype=torch.float32) == 50 << 16
+    del virtual
+    with open_cache(vt.driver_for(torch.device("cuda", 0)), "bfloat16", budget="1GiB") as cache:
+        slots = [cache.acquire() for _ in range(3)]
+        cache.step(slots, [100, 17, 4096])
+        for slot in slots:
+            for part in vt.kv_view(cache, slot, 2):
+                part.fill_(slot.index + 1)
+        seen = vt.kv(cache, 2)[0][slots[2].index].sum(dtype=torch.float32)
+        assert seen == 4096 * 2 * 32 * 3
+        table = vt.identity_page_csr(cache, slots, [100, 17, 4096], "cuda")
+        assert table.indptr.tolist() == [0, 7, 9, 265]
+        assert table.indices.is_cuda and vt.identity_page_table(cache, slots, [100, 17, 4096], "cuda").is_cuda
+        del part
+        for slot in slots:
+            cache.retire(slot, *vt.fences(torch.device("cuda", 0)))

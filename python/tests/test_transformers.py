@@ -1,12 +1,14 @@
 """Is a model's answer the same with `VattnCache` as with transformers' own cache, and is no memory left?
 
-Tiny models with random weights, on the processor. Skipped, aloud, where PyTorch or transformers 5 is missing.
+Tiny models with random weights, on the processor, or on a GPU with `VATTN_TEST_DEVICE=cuda`. Skipped, aloud, where
+PyTorch or transformers 5 is missing.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,17 @@ from vattn.transformers import VattnCache  # noqa: E402
 
 # Tiny tensors: more threads would wait for each other.
 torch.set_num_threads(1)
+DEVICE = torch.device(os.environ.get("VATTN_TEST_DEVICE", "cpu"))
+small_granules = pytest.mark.skipif(DEVICE.type != "cpu", reason="SKIP: a GPU's granules are too large for it")
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """All that a test makes is on the device."""
+    with DEVICE:
+        yield
+
+
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -112,7 +125,8 @@ def same(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
 @pytest.fixture
 def driver() -> Iterator[vattn.CheckedDriver]:
     """A driver that knows what is alive, and must know of nothing at the end."""
-    with vattn.HostDriver("1GiB", granule="64KiB") as host, vattn.CheckedDriver(host) as checked:
+    inner = vattn.HostDriver("1GiB", granule="64KiB") if DEVICE.type == "cpu" else vattn.CudaDriver(DEVICE.index)
+    with inner, vattn.CheckedDriver(inner) as checked:
         yield checked
         gc.collect()
         live = checked.live()
@@ -244,6 +258,7 @@ def test_crop_takes_tokens_away_and_reset_all_of_them(driver: vattn.Driver) -> N
         torch.testing.assert_close(steps(model, cache, tokens.repeat(9, 1)), whole.repeat(9, 1, 1))
 
 
+@small_granules
 def test_a_window_holds_little_more_than_it_sees(driver: vattn.Driver) -> None:
     model = make("Mistral", sliding_window=64, max_position_embeddings=4096)
     assert [type(layer).__name__ for layer in VattnCache(model).layers] == ["VattnWindowLayer"] * 3
@@ -341,6 +356,7 @@ def make_hybrid() -> Any:
     return transformers.Qwen3NextForCausalLM(config).eval()
 
 
+@small_granules
 def test_a_budget_says_how_to_cure_it_and_harms_nothing(driver: vattn.Driver) -> None:
     model = make("Llama")
     tokens = prompt(rows=2, tokens=40, padded=False)["input_ids"]
@@ -358,6 +374,7 @@ def test_a_budget_says_how_to_cure_it_and_harms_nothing(driver: vattn.Driver) ->
             steps(model, cache, tokens)
 
 
+@small_granules
 def test_groups_share_a_budget(driver: vattn.Driver) -> None:
     model = make("Gemma3Text", sliding_window=400)
     tokens = torch.randint(3, 97, (1, 400))
@@ -368,6 +385,7 @@ def test_groups_share_a_budget(driver: vattn.Driver) -> None:
         assert len(cache.groups) == 2
 
 
+@small_granules
 def test_a_refused_allocation_leaves_the_cache_as_it_was(driver: vattn.CheckedDriver) -> None:
     model = make("Llama")
     tokens = prompt(rows=2, tokens=400, padded=False)["input_ids"]
