@@ -72,11 +72,10 @@ def build_editable(directory: str, settings: Any = None, metadata: str | None = 
 
 
 def build_sdist(directory: str, settings: Any = None) -> str:
-    return str(maturin.build_sdist(directory, settings))
+    raise RuntimeError("there is no source distribution of vattn yet; install from a clone: pip install ./python")
 
 
 get_requires_for_build_wheel = maturin.get_requires_for_build_wheel
 get_requires_for_build_editable = maturin.get_requires_for_build_editable
-get_requires_for_build_sdist = maturin.get_requires_for_build_sdist
 prepare_metadata_for_build_wheel = maturin.prepare_metadata_for_build_wheel
 prepare_metadata_for_build_editable = maturin.prepare_metadata_for_build_editable

@@ -145,3 +145,41 @@ def test_what_was_forgotten_is_told_of_by_name() -> None:
         print((array == 1).all())
     """
     assert python(program) == "['a vattn.Buffer', 'a vattn.KvCache']\nTrue\n"
+
+
+def test_an_array_goes_while_another_thread_logs() -> None:
+    """Whoever drops a tensor holds the GIL, and the log's callback wants it under locks of the cache: a process
+    of its own, since what hangs here can't be ended from inside."""
+    program = """
+        import logging, time
+        logging.disable()
+        del array, other, view
+        cache.close()
+        options = {"budget": "4MiB", "max_slots": 8, "max_tokens": 4096, "background": "off", "reclaim": "eager"}
+        cache = vattn.KvCache(model, driver, **options)
+        vattn.set_logging("trace")
+        sys.setswitchinterval(10)  # a thread keeps the GIL until it calls the library
+
+        def resize():
+            while not done.is_set():
+                cache.set_budget("4MiB")
+
+        done = threading.Event()
+        other = threading.Thread(target=resize)
+        other.start()
+        for _ in range(100):
+            slot = cache.acquire(500)
+            cache.step({slot: 500})
+            array = np.from_dlpack(cache.view(slot, 0))
+            cache.retire(slot, vattn.IDLE)
+            sum(range(10_000))
+            del array
+        done.set()
+        other.join()
+        while cache.stats().pins:
+            time.sleep(0.01)
+        cache.close()
+        buffer.close()
+        print("done")
+    """
+    assert python(program) == "done\n"

@@ -167,34 +167,6 @@ def test_a_handler_may_fail_and_may_call_the_library(
     assert len(told) >= 4 and found == [vattn.__version__] * len(told)
 
 
-def test_arrays_go_while_the_mapper_logs(records: Any, model: vattn.Geometry) -> None:
-    """Whoever drops a tensor holds the GIL, and the log's callback wants it under locks of the cache."""
-    vattn.set_logging("trace", records[0])
-    driver = vattn.HostDriver("64MiB", granule="64KiB")
-    with vattn.KvCache(model, driver, budget="4MiB", max_slots=8, max_tokens=4096) as cache:
-
-        def turn() -> None:
-            for _ in range(100):
-                slot = cache.acquire(500)
-                try:
-                    cache.step({slot: 500})
-                    array = np.from_dlpack(cache.view(slot, 0))
-                    array[:] = 1
-                    del array
-                except vattn.OutOfBudget:
-                    pass
-                cache.retire(slot, vattn.IDLE)
-                cache.trim(0, vattn.IDLE)
-
-        together(turn, turn, turn)
-        cache.flush()
-        for _ in range(500):
-            if cache.stats().pins == 0:
-                break
-            time.sleep(0.01)
-        assert cache.stats().pins == 0
-
-
 @pytest.mark.parametrize(
     ("level", "kind"), [("loud", ValueError), (True, TypeError), (1.5, TypeError), (-1, ValueError), (99, ValueError)]
 )

@@ -159,6 +159,8 @@ class KvCache(Owned):
         self._own(out[0], lib.vattn_cache_destroy, "a vattn.KvCache")
         self._lock = threading.Lock()
         self._live: dict[int, Slot] = {}
+        # Raw tensors that vattn.torch made once, by what they are of; they go when the cache is closed.
+        self._made: dict[Any, Any] = {}
         self._driver_name = driver.name
         struct = sized("vattn_layout")
         check(lib.vattn_cache_layout(self._handle, struct))
@@ -388,6 +390,7 @@ class KvCache(Owned):
         whatever was made from one is gone; a `ResourceWarning` says so. A raw view has addresses and no memory
         from then on.
         """
+        self._made.clear()
         try:
             pins, pinned = self.stats().pins, self.bytes().pinned
         except Error:
