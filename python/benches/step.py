@@ -35,7 +35,9 @@ def main(count: int = 256, rounds: int = 5000) -> None:
         lengths = [100 + k for k in range(count)]
         batch = vattn.Batch(slots, lengths)
         tokens = np.asarray(batch.tokens)
-        records = np.zeros(count, np.dtype([("index", "u4"), ("cache", "u4"), ("generation", "u8"), ("tokens", "u8")]))
+        records = np.zeros(
+            count, np.dtype([("index", "u4"), ("cache", "u4"), ("generation", "u8"), ("tokens", "u8")])
+        )
         for name in ("index", "cache", "generation"):
             records[name] = [getattr(slot, name) for slot in slots]
         records["tokens"] = lengths

@@ -72,7 +72,9 @@ def build_editable(directory: str, settings: Any = None, metadata: str | None = 
 
 
 def build_sdist(directory: str, settings: Any = None) -> str:
-    raise RuntimeError("there is no source distribution of vattn yet; install from a clone: pip install ./python")
+    raise RuntimeError(
+        "there is no source distribution of vattn yet; install from a clone: pip install ./python"
+    )
 
 
 get_requires_for_build_wheel = maturin.get_requires_for_build_wheel

@@ -1,6 +1,6 @@
-"""An engine's step loop in forty lines: requests are admitted, grow in one batch, are preempted where memory is
-short, and retired. On the host, with a "model" that writes each new token's number; at the end of a request all
-of its tokens are checked."""
+"""An engine's step loop in forty lines: requests are admitted, grow in one batch, are preempted where memory
+is short, and retired. On the host, with a "model" that writes each new token's number; at the end of a
+request all of its tokens are checked."""
 
 import random
 from collections import deque
@@ -44,4 +44,6 @@ with vattn.KvCache(model, vattn.HostDriver("1GiB", granule="64KiB"), budget="4Mi
         steps += 1
     del keys
     adopted = cache.stats().adopted
-print(f"{finished} requests in {steps} steps, {preempted} preempted, {adopted} slots adopted with their memory")
+print(
+    f"{finished} requests in {steps} steps, {preempted} preempted, {adopted} slots adopted with their memory"
+)

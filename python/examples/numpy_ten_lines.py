@@ -1,4 +1,5 @@
-"""Ten lines with NumPy, on any Linux machine: a request's keys are written, read, and its memory given back."""
+"""Ten lines with NumPy, on any Linux machine: a request's keys are written, read, and its memory given
+back."""
 
 import vattn
 

@@ -110,7 +110,9 @@ def test_the_layout_is_planned_as_it_then_is(model: vattn.Geometry, driver: vatt
         {"tile_tokens": 64, "page_tokens": 32, "max_tokens": None},
     ],
 )
-def test_options_reach_the_cache(model: vattn.Geometry, driver: vattn.HostDriver, options: dict[str, object]) -> None:
+def test_options_reach_the_cache(
+    model: vattn.Geometry, driver: vattn.HostDriver, options: dict[str, object]
+) -> None:
     with vattn.KvCache(model, driver, **({"budget": "4MiB", "max_slots": 2} | options)) as cache:
         slot = cache.acquire()
         cache.prefetch([slot], [50])
@@ -178,7 +180,9 @@ def test_objects_can_go_in_any_order(model: vattn.Geometry, driver: vattn.HostDr
         model.layer(0)
 
 
-def test_nothing_is_copied_by_accident(cache: vattn.KvCache, driver: vattn.HostDriver, model: vattn.Geometry) -> None:
+def test_nothing_is_copied_by_accident(
+    cache: vattn.KvCache, driver: vattn.HostDriver, model: vattn.Geometry
+) -> None:
     for owned in (cache, driver, model, cache.raw(0)):
         for refused in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="belongs to its process"):

@@ -40,7 +40,12 @@ class CoreStream:
 
 
 def test_streams_and_events_are_known_by_their_attributes(cache: vattn.KvCache) -> None:
-    assert vattn.Stream(TorchStream(7)) == vattn.Stream(Stream(7)) == vattn.Stream(CoreStream()) == vattn.Stream(7)
+    assert (
+        vattn.Stream(TorchStream(7))
+        == vattn.Stream(Stream(7))
+        == vattn.Stream(CoreStream())
+        == vattn.Stream(7)
+    )
     assert vattn.Event(TorchEvent(7)) == vattn.Event(Event(7)) == vattn.Event(7)
     for fence in (vattn.IDLE, vattn.Stream(0), TorchStream(7), Stream(7), CoreStream()):
         cache.retire(cache.acquire(5), fence)
@@ -67,7 +72,11 @@ def test_streams_and_events_are_known_by_their_attributes(cache: vattn.KvCache) 
         (lambda: vattn.HostDriver(1.0), TypeError, "such as '2GiB'"),
         (lambda: vattn.HostDriver(None), TypeError, "such as '2GiB'"),
         (lambda: vattn.HostDriver("1GiB", granule=3), vattn.InvalidConfig, "power of two"),
-        (lambda: vattn.LedgerDriver("1GiB", granule=1000), vattn.InvalidConfig, "HostDriver|LedgerDriver|granule"),
+        (
+            lambda: vattn.LedgerDriver("1GiB", granule=1000),
+            vattn.InvalidConfig,
+            "HostDriver|LedgerDriver|granule",
+        ),
         (lambda: vattn.CudaDriver(-2), ValueError, "ordinal is -2"),
         (lambda: vattn.CudaDriver(0, exportable=2), TypeError, "True or False"),
         (lambda: vattn.CheckedDriver("host"), TypeError, "has to be a driver"),
@@ -75,7 +84,11 @@ def test_streams_and_events_are_known_by_their_attributes(cache: vattn.KvCache) 
         (lambda: vattn.Geometry([]), vattn.InvalidGeometry, "Geometry"),
         (lambda: vattn.Geometry([1]), TypeError, "list of vattn.Layers"),
         (lambda: vattn.Geometry([vattn.Layers(-1, 1, 1, 1)]), ValueError, "layers is -1"),
-        (lambda: vattn.Geometry([vattn.Layers(1, 1, 1, 1)], dtype="float64"), ValueError, "dtype is 'float64'"),
+        (
+            lambda: vattn.Geometry([vattn.Layers(1, 1, 1, 1)], dtype="float64"),
+            ValueError,
+            "dtype is 'float64'",
+        ),
         (lambda: vattn.Geometry([vattn.Layers(1, 1, 1, 1)], tensor_parallel=0), vattn.InvalidGeometry, "0"),
         (lambda: vattn.Geometry.preset("nobody"), vattn.InvalidGeometry, "llama-3-8b"),
         (lambda: vattn.Geometry.preset("a\0b"), ValueError, "NUL"),
@@ -145,7 +158,9 @@ def test_an_exception_tells_what_the_driver_said(model: vattn.Geometry) -> None:
         with pytest.raises(MemoryError) as caught:
             cache.step({slot: 1000})
         error = caught.value
-        assert isinstance(error, vattn.OutOfDeviceMemory) and error.number == vattn.OutOfDeviceMemory.status == 5
+        assert (
+            isinstance(error, vattn.OutOfDeviceMemory) and error.number == vattn.OutOfDeviceMemory.status == 5
+        )
         assert error.name == "out_of_device_memory" and error.verb == "create" and error.driver_bytes >= 65536
         assert error.driver == (error.verb, error.driver_code, error.driver_name, error.driver_bytes)
         assert error.message == str(error) and error.message.startswith("KvCache.step")

@@ -1,5 +1,5 @@
-"""Each example runs, and prints what its last line here says. Those that need more than NumPy have tests of their
-own."""
+"""Each example runs, and prints what its last line here says. Those that need more than NumPy have tests of
+their own."""
 
 from __future__ import annotations
 

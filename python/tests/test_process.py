@@ -28,7 +28,14 @@ buffer = vattn.Buffer("1MiB", driver)
 
 def python(program: str, *options: str, begin: str = BEGIN) -> str:
     """What a program prints, which has to end well and say nothing else."""
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", *options, "-c", begin + textwrap.dedent(program)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::DeprecationWarning",
+        *options,
+        "-c",
+        begin + textwrap.dedent(program),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT / "python" / "tests")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout

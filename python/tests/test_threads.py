@@ -168,7 +168,8 @@ def test_a_handler_may_fail_and_may_call_the_library(
 
 
 @pytest.mark.parametrize(
-    ("level", "kind"), [("loud", ValueError), (True, TypeError), (1.5, TypeError), (-1, ValueError), (99, ValueError)]
+    ("level", "kind"),
+    [("loud", ValueError), (True, TypeError), (1.5, TypeError), (-1, ValueError), (99, ValueError)],
 )
 def test_levels_that_are_none_are_refused(level: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="level is"):

@@ -79,7 +79,7 @@ def test_what_was_made_from_a_view_outlives_slot_cache_and_driver(form: str, mod
     cache.close()
     assert (np.asarray(made) == 7).all() and made.shape == (500, HEADS, DIM)
     assert driver.live().mappings > 0
-    view = None  # noqa: F841
+    view = None
     del made
     gc.collect()
     assert driver.live() == vattn.Live(0, 0, 0, 0)
@@ -105,7 +105,9 @@ def test_a_view_is_pinned_once_however_many_arrays_there_are(cache: vattn.KvCach
 
 
 @pytest.mark.parametrize("version", [None, (0, 8), (1, 0), (1, 3), (7, 0)])
-def test_a_capsule_that_nobody_takes_gives_its_pin_up(version: tuple[int, int] | None, cache: vattn.KvCache) -> None:
+def test_a_capsule_that_nobody_takes_gives_its_pin_up(
+    version: tuple[int, int] | None, cache: vattn.KvCache
+) -> None:
     view = cache.view(filled(cache, 10, 1), 0)
     capsule = view.__dlpack__(max_version=version)
     assert ("dltensor_versioned" in repr(capsule)) == (version is not None and version[0] >= 1)
@@ -139,7 +141,9 @@ def test_dlpack_refuses_what_it_can_not_give(cache: vattn.KvCache) -> None:
                    touchable=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"]
+)
 def test_every_type_has_one_of_numpy(dtype: str, driver: vattn.HostDriver) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     model = vattn.Geometry([vattn.Layers(1, 2, 32, 16)], dtype=dtype)
@@ -153,7 +157,9 @@ def test_every_type_has_one_of_numpy(dtype: str, driver: vattn.HostDriver) -> No
         del keys, values
 
 
-def test_without_ml_dtypes_bfloat16_is_its_bits(driver: vattn.HostDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ml_dtypes_bfloat16_is_its_bits(
+    driver: vattn.HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     model = vattn.Geometry([vattn.Layers(1, 1, 32, 32)])
     with vattn.KvCache(model, driver, budget="4MiB") as cache:

@@ -6,7 +6,7 @@
     with vattn.KvCache(model, vattn.HostDriver("1GiB"), max_slots=64) as cache:
         slot = cache.acquire(1000)
         cache.step([(slot, 1000)])                  # the prompt is backed
-        keys = cache.view(slot, layer=0)            # [token, head, dim]; torch.from_dlpack(keys), keys.numpy()
+        keys = cache.view(slot, layer=0)            # [token, head, dim]: torch.from_dlpack(keys)
         cache.retire(slot, vattn.IDLE)
 
 Sizes are in bytes, lengths in tokens, strides in elements. The GIL is released in every call.

@@ -7,6 +7,7 @@ library are no addresses: one that was closed is refused there, whichever thread
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import re
@@ -130,11 +131,14 @@ def size(name: str, value: Any) -> int:
             return number(name, value)
         except TypeError:
             raise TypeError(
-                f"{name} is {value!r}, a {type(value).__name__}; give bytes as a whole number, or a text such as '2GiB'"
+                f"{name} is {value!r}, a {type(value).__name__}; give bytes as a whole number, or a text "
+                "such as '2GiB'"
             ) from None
     found = re.fullmatch(r"([0-9]+) *([a-z]*)", value.strip().lower())
     if found is None or found[2] not in UNITS:
-        raise ValueError(f"{name} is {value!r}, which is no size; write '2GiB', '512MiB' or a number of bytes")
+        raise ValueError(
+            f"{name} is {value!r}, which is no size; write '2GiB', '512MiB' or a number of bytes"
+        )
     return number(name, int(found[1]) << UNITS[found[2]])
 
 
@@ -175,14 +179,17 @@ def _give_up(destroy: Callable[[Any], int], handle: Any, process: int, forgotten
     if destroy(handle) == errors.InCallback.status:
         _later.append((destroy, handle))
     if forgotten is not None:
-        warnings.warn(f"{forgotten} was not closed; use `with`, or call close()", ResourceWarning, stacklevel=2)
+        warnings.warn(
+            f"{forgotten} was not closed; use `with`, or call close()", ResourceWarning, stacklevel=2
+        )
 
 
 def give_up_later_ones() -> None:
     """Gives up what could not be before."""
-    while _later:
-        destroy, handle = _later.popleft()
-        destroy(handle)
+    with contextlib.suppress(IndexError):
+        while True:
+            destroy, handle = _later.popleft()
+            destroy(handle)
 
 
 def keep(
@@ -221,7 +228,9 @@ class Owned:
         self._watch(forgotten)
 
     def _watch(self, forgotten: str | None) -> None:
-        self._finalizer = weakref.finalize(self, _give_up, self._destroy, self._handle, os.getpid(), forgotten)
+        self._finalizer = weakref.finalize(
+            self, _give_up, self._destroy, self._handle, os.getpid(), forgotten
+        )
         self._finalizer.atexit = False
 
     @property
@@ -230,7 +239,7 @@ class Owned:
         return not self._finalizer.alive
 
     def close(self) -> None:
-        """Gives it up. What was made from it keeps what it needs of it. Once is enough; twice does nothing."""
+        """Gives it up. What was made from it keeps what it needs of it. Twice does nothing."""
         self._close()
 
     def _close(self) -> bool:
@@ -255,5 +264,3 @@ class Owned:
 
     def __reduce__(self) -> Any:
         raise TypeError(f"a {type(self).__name__} belongs to its process and can't be pickled or copied")
-
-

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from vattn._call import U32, Owned, check, keep, number, size, sized
+from vattn._call import Owned, check, keep, number, size, sized
 from vattn._native import ffi, lib
 from vattn.drivers import Driver
 from vattn.fences import pack
@@ -21,8 +21,8 @@ _size = size
 class Buffer(Owned):
     """A range of `size` bytes of addresses, with no memory until `commit`. Any thread may call any method.
 
-    Ranges are any bytes: of two rows that share a granule one can go without the other. Memory is allocated in
-    extents of up to `largest_extent` bytes (32 MiB) and is given back by whole extents of which no byte is
+    Ranges are any bytes: of two rows that share a granule one can go without the other. Memory is allocated
+    in extents of up to `largest_extent` bytes (32 MiB) and is given back by whole extents of which no byte is
     committed.
     """
 
@@ -46,16 +46,18 @@ class Buffer(Owned):
         self.granule: int = info.granule
 
     def commit(self, offset: int | str, size: int | str) -> None:
-        """Backs a range: afterwards every byte of it can be touched. What is committed already stays as it is,
-        with what is in it; new memory holds whatever it held before. Whole, or not at all."""
+        """Backs a range: afterwards every byte of it can be touched. What is committed already stays as it
+        is, with what is in it; new memory holds whatever it held before. Whole, or not at all."""
         check(lib.vattn_buffer_commit(self._handle, _size("offset", offset), _size("size", size)))
 
     def decommit(self, offset: int | str, size: int | str, *fences: Any) -> None:
-        """Says that the bytes of a range are no longer wanted, once the fences have fired, which are waited for.
-        Arrays over the range have no memory there from then on, and touching it is fatal."""
+        """Says that the bytes of a range are no longer wanted, once the fences have fired, which are waited
+        for. Arrays over the range have no memory there from then on, and touching it is fatal."""
         held = pack(fences)
         check(
-            lib.vattn_buffer_decommit(self._handle, _size("offset", offset), _size("size", size), held, len(held))
+            lib.vattn_buffer_decommit(
+                self._handle, _size("offset", offset), _size("size", size), held, len(held)
+            )
         )
 
     def info(self) -> BufferInfo:
@@ -68,8 +70,8 @@ class Buffer(Owned):
         """An array over the buffer from byte `offset` on, the last dimension's elements side by side.
 
         The view, and whatever is made from it, keeps the addresses, and after `close` also what is committed
-        then. **Touching what is not committed, or was decommitted, is fatal**: a segmentation fault on the host,
-        an illegal access on a device.
+        then. **Touching what is not committed, or was decommitted, is fatal**: a segmentation fault on the
+        host, an illegal access on a device.
         """
         kind = dtype_number(dtype)
         if dtype is None:
@@ -78,11 +80,13 @@ class Buffer(Owned):
         first, element = _size("offset", offset), ELEMENT_BYTES[kind]
         needed = math.prod(lengths) * element
         if first % element:
-            raise ValueError(f"offset is {first}; it has to be a multiple of {element}, the bytes of an element")
+            raise ValueError(
+                f"offset is {first}; it has to be a multiple of {element}, the bytes of an element"
+            )
         if first + needed > self.size:
             raise ValueError(
-                f"shape {list(lengths)} of {DTYPE_NAMES[kind]} from byte {first} on takes {needed} bytes, and the "
-                f"buffer has {self.size}; use a smaller shape or a larger buffer"
+                f"shape {list(lengths)} of {DTYPE_NAMES[kind]} from byte {first} on takes {needed} bytes, "
+                f"and the buffer has {self.size}; use a smaller shape or a larger buffer"
             )
         info, out = self.info(), ffi.new("vattn_pin **")
         check(lib.vattn_pin_create_buffer(self._handle, out))

@@ -65,7 +65,9 @@ class Options(TypedDict, total=False):
 
 
 SIZES = ("budget", "look_ahead_budget", "at_hand")
-CHOICES = {name: names(f"vattn_{name}", f"VATTN_{name.upper()}_") for name in ("background", "reclaim", "commit")}
+CHOICES = {
+    name: names(f"vattn_{name}", f"VATTN_{name.upper()}_") for name in ("background", "reclaim", "commit")
+}
 CHOICES["kv_order"] = names("vattn_kv_order", "VATTN_KV_")
 LAYOUTS = names("vattn_layout_kind", "VATTN_LAYOUT_")
 DEFAULT_STREAM = object()
@@ -91,7 +93,8 @@ def _config(options: Options) -> tuple[Any, Any]:
             config.layout = choice(name, value, {k: v for k, v in LAYOUTS.items() if k != "grouped"})
         elif name == "commit" and not isinstance(value, str):
             extents = _extents(value)
-            config.commit, config.extents, config.extents_count = lib.VATTN_COMMIT_EXTENTS, extents, len(extents)
+            config.commit = lib.VATTN_COMMIT_EXTENTS
+            config.extents, config.extents_count = extents, len(extents)
         elif name == "commit":
             config.commit = choice(name, value, {k: v for k, v in CHOICES[name].items() if k != "extents"})
         elif name in CHOICES:
@@ -132,19 +135,21 @@ def plan(geometry: Geometry, *, granule: int | str = "2MiB", **options: Unpack[O
 
 def _geometry(value: Any) -> Geometry:
     if not isinstance(value, Geometry):
-        raise TypeError(f"geometry is {value!r}; give a vattn.Geometry, such as Geometry.preset('llama-3-8b')")
+        raise TypeError(
+            f"geometry is {value!r}; give a vattn.Geometry, such as Geometry.preset('llama-3-8b')"
+        )
     return value
 
 
 class KvCache(Owned):
     """A KV cache: tensors `[slot, token, head, dim]` of which a step backs what a request holds.
 
-    Options are those of `vattn.Options`, as keywords. Any thread may call any method at any time; of two calls
-    that name the same slot at once one may raise `SlotBusy`. A call that raises has changed nothing.
+    Options are those of `vattn.Options`, as keywords. Any thread may call any method at any time; of two
+    calls that name the same slot at once one may raise `SlotBusy`. A call that raises has changed nothing.
 
     Lengths are in tokens, and say how many a slot holds in all. Slots and lengths are given as a `Batch`, as
-    pairs or a mapping, as two lists or integer buffers, or as one buffer of entries of 24 bytes (u32 index, u32
-    cache, u64 generation, u64 tokens).
+    pairs or a mapping, as two lists or integer buffers, or as one buffer of entries of 24 bytes (u32 index,
+    u32 cache, u64 generation, u64 tokens).
 
     Whoever gives memory up says when the device is done with it: with one fence for each stream that touched
     it. `IDLE` says that nothing is running.
@@ -217,7 +222,7 @@ class KvCache(Owned):
         return int(out[0])
 
     def prefetch(self, slots: Any, lengths: Any = None) -> None:
-        """Has memory mapped for tokens that these slots will soon hold. Whoever needs it first may take it."""
+        """Has memory mapped for tokens that these slots will soon hold. Others may take it first."""
         array, count = entries(slots, lengths, self._live)
         check(lib.vattn_cache_prefetch(self._handle, array, count))
 
@@ -244,8 +249,8 @@ class KvCache(Owned):
         return int(out[0])
 
     def trim(self, keep: int | str, *fences: Any) -> int:
-        """Gives memory back to the device until no more than `keep` bytes are held, as far as it holds nobody's
-        tokens. Returns at once, with the bytes that are held now; `flush` waits until it is done."""
+        """Gives memory back to the device until no more than `keep` bytes are held, as far as it holds
+        nobody's tokens. Returns at once, with the bytes that are held now; `flush` waits until it is done."""
         held, out = pack(fences), ffi.new("uint64_t *")
         check(lib.vattn_cache_trim(self._handle, _size("keep", keep), held, len(held), out))
         return int(out[0])
@@ -319,8 +324,8 @@ class KvCache(Owned):
     def raw(self, layer: int, part: Part = "key") -> View:
         """A layer's keys or values by slot: `[slot, token, head, dim]`, with `slot.index` as the first index.
 
-        It says where tokens are, not that they are backed: **touching what no step has asked for is fatal**, a
-        segmentation fault on the host and an illegal access on a device. The addresses never change.
+        It says where tokens are, not that they are backed: **touching what no step has asked for is fatal**,
+        a segmentation fault on the host and an illegal access on a device. The addresses never change.
         """
         return self._view(lib.vattn_cache_view, layer, part)
 
@@ -335,13 +340,13 @@ class KvCache(Owned):
         return self._view(lib.vattn_cache_token_view, layer, part)
 
     def view(self, slot: Slot, layer: int, part: Part = "key", *, tokens: int | None = None) -> View:
-        """A slot's keys or values in a layer: `[token, head, dim]`, of the tokens that are backed now, which are
-        those of the last step and what `tile_tokens` adds to them, or of the first `tokens` of them.
+        """A slot's keys or values in a layer: `[token, head, dim]`, of the tokens that are backed now, which
+        are those of the last step and what `tile_tokens` adds to them, or of the first `tokens` of them.
 
         It is safe: its memory stays where it is while the view lives, or anything that was made from it,
         through retire, truncate, trim and close. The contents are another matter: once the slot is retired,
-        another request may write there. On a device, kernels over it have to be done when the last of these goes,
-        unless a later fence covers them. A slot of no tokens has an empty view.
+        another request may write there. On a device, kernels over it have to be done when the last of these
+        goes, unless a later fence covers them. A slot of no tokens has an empty view.
         """
         out, pin = self._struct(lib.vattn_cache_view, layer, part), self._pin(slot)
         info = sized("vattn_pin_info")
@@ -351,7 +356,9 @@ class KvCache(Owned):
         if tokens is not None:
             length = number("tokens", tokens)
             if length > info.tokens:
-                raise ValueError(f"tokens is {length}, and {info.tokens} of the slot are backed; step it first")
+                raise ValueError(
+                    f"tokens is {length}, and {info.tokens} of the slot are backed; step it first"
+                )
         return self._array(out, pin, (length, *shape[2:]), strides[1:], first)
 
     def _view(self, ask: Any, layer: int, part: Part) -> View:
@@ -370,7 +377,9 @@ class KvCache(Owned):
         check(lib.vattn_pin_create(self._handle, which, out))
         return keep(out[0], lib.vattn_pin_destroy)
 
-    def _array(self, out: Any, pin: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> View:
+    def _array(
+        self, out: Any, pin: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int
+    ) -> View:
         return View(
             pin,
             data_ptr=int(ffi.cast("uintptr_t", out.data)) + first * out.element_bytes,
@@ -387,8 +396,8 @@ class KvCache(Owned):
         everything back.
 
         What living views of slots cover stays, and the addresses of all tensors, until the last view and
-        whatever was made from one is gone; a `ResourceWarning` says so. A raw view has addresses and no memory
-        from then on.
+        whatever was made from one is gone; a `ResourceWarning` says so. A raw view has addresses and no
+        memory from then on.
         """
         self._made.clear()
         try:
@@ -397,14 +406,17 @@ class KvCache(Owned):
             pins = pinned = 0
         if self._close() and pins:
             warnings.warn(
-                f"a vattn.KvCache was closed while {pins} views and tensors of it live: its addresses and {pinned} "
-                "bytes of memory stay until they are gone, and there is no memory behind the raw ones",
+                f"a vattn.KvCache was closed while {pins} views and tensors of it live: its addresses and "
+                f"{pinned} bytes of memory stay until they are gone, and there is no memory behind the raw "
+                "ones",
                 ResourceWarning,
                 stacklevel=2,
             )
 
     def __repr__(self) -> str:
-        return f"<vattn.KvCache {'closed' if self.closed else self._driver_name}, {self.layout.layers} layers>"
+        return (
+            f"<vattn.KvCache {'closed' if self.closed else self._driver_name}, {self.layout.layers} layers>"
+        )
 
 
 _size = size

@@ -12,9 +12,9 @@ from vattn._native import lib
 
 @dataclass(frozen=True)
 class Preset:
-    """A model, whole, all of its layers alike: its name for `Geometry.preset`, whose model it is, its dimensions
-    in elements, and the bytes that a token takes in all layers. Where layers keep a latent, `key_dim` is its
-    elements, and `kv_heads` and `value_dim` are 0."""
+    """A model, whole, all of its layers alike: its name for `Geometry.preset`, whose model it is, its
+    dimensions in elements, and the bytes that a token takes in all layers. Where layers keep a latent,
+    `key_dim` is its elements, and `kv_heads` and `value_dim` are 0."""
 
     name: str
     description: str
@@ -28,7 +28,8 @@ class Preset:
 
 @dataclass(frozen=True)
 class Tile:
-    """`tokens` are what `tile_tokens` is to be a multiple of, for heads of up to these widths in these types."""
+    """`tokens` are what `tile_tokens` is to be a multiple of, for heads of up to these widths in these
+    types."""
 
     dtypes: tuple[str, ...]
     key_dim: int
@@ -47,11 +48,11 @@ class Latent:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An attention kernel, called in one way: its name for `Geometry.tile_tokens`, how it is called, and how it
-    is known how far it reads: `evidence` (`measured` or `source`) and `source`.
+    """An attention kernel, called in one way: its name for `Geometry.tile_tokens`, how it is called, and how
+    it is known how far it reads: `evidence` (`measured` or `source`) and `source`.
 
-    One that is `exact` reads nothing past a length, and needs a tile of 1. Of any other the first of its `tiles`
-    counts that has the type and is wide enough.
+    One that is `exact` reads nothing past a length, and needs a tile of 1. Of any other the first of its
+    `tiles` counts that has the type and is wide enough.
     """
 
     name: str

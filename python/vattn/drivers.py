@@ -76,7 +76,11 @@ class HostDriver(_Played):
     """
 
     def __init__(
-        self, capacity: int | str = "1GiB", *, granule: int | str | None = None, max_mappings: int | None = None
+        self,
+        capacity: int | str = "1GiB",
+        *,
+        granule: int | str | None = None,
+        max_mappings: int | None = None,
     ) -> None:
         options = sized("vattn_host_options")
         options.capacity = size("capacity", capacity)
@@ -134,9 +138,11 @@ class CheckedDriver(_Played):
             raise TypeError(f"inner is {inner!r}; it has to be a driver")
         self._made(lib.vattn_driver_create_checked, inner._handle)
 
-    def fail(self, nth: int, status: type[Error] | str, *, verb: str | None = None, onward: bool = False) -> None:
-        """Has the `nth` call from now on fail, 1 for the next, and with `onward` every later one too. `status`
-        is an exception's class, such as `vattn.OutOfDeviceMemory`, or its name in one word."""
+    def fail(
+        self, nth: int, status: type[Error] | str, *, verb: str | None = None, onward: bool = False
+    ) -> None:
+        """Has the `nth` call from now on fail, 1 for the next, and with `onward` every later one too.
+        `status` is an exception's class, such as `vattn.OutOfDeviceMemory`, or its name in one word."""
         if isinstance(status, type) and issubclass(status, Error):
             code = status.status
         else:

@@ -11,6 +11,8 @@ from typing import Any
 from vattn._call import number
 from vattn._native import ffi, lib
 
+STREAMS = ("cuda_stream", "ptr")
+EVENTS = ("cuda_event", "ptr")
 GIVE = "give vattn.IDLE, vattn.Stream(…), vattn.Event(…), or a stream or an event of PyTorch or CuPy"
 
 
@@ -30,10 +32,6 @@ def _handle(value: Any, kinds: tuple[str, ...], what: str) -> int:
         raise TypeError(
             f"{what} is {value!r}; give its handle as a whole number, or an object of PyTorch or CuPy"
         ) from None
-
-
-STREAMS = ("cuda_stream", "ptr")
-EVENTS = ("cuda_event", "ptr")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,9 @@ class Event:
     def __init__(self, event: Any) -> None:
         handle = _handle(event, EVENTS, "event")
         if handle == 0:
-            raise ValueError("event is 0: it was never recorded; record it on the stream that used the memory")
+            raise ValueError(
+                "event is 0: it was never recorded; record it on the stream that used the memory"
+            )
         object.__setattr__(self, "handle", handle)
 
 

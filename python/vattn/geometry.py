@@ -43,7 +43,9 @@ def dtype_number(value: Any) -> int:
         return int(lib.VATTN_DTYPE_MODEL)
     name = value
     if not isinstance(value, str):
-        name = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value).rpartition(".")[2]
+        name = (
+            getattr(value, "name", None) or getattr(value, "__name__", None) or str(value).rpartition(".")[2]
+        )
     if name not in DTYPES:
         choice("dtype", value if isinstance(value, str) else str(value), DTYPES)
     return DTYPES[name]
@@ -85,7 +87,8 @@ class Geometry(Owned):
 
     @classmethod
     def preset(cls, name: str, *, tensor_parallel: int = 1, dtype: Any = None) -> Geometry:
-        """A model by name, such as `llama-3-8b`. An unknown name fails with a list of those that are known."""
+        """A model by name, such as `llama-3-8b`. An unknown name fails with a list of those that are
+        known."""
         out = ffi.new("vattn_geometry **")
         check(lib.vattn_geometry_create_preset(text("name", name), *_split(tensor_parallel, dtype), out))
         return cls._of(out[0])
@@ -110,7 +113,11 @@ class Geometry(Owned):
                 "configuration object of transformers"
             )
         out = ffi.new("vattn_geometry **")
-        check(lib.vattn_geometry_create_from_hf_config(text("config", contents), *_split(tensor_parallel, dtype), out))
+        check(
+            lib.vattn_geometry_create_from_hf_config(
+                text("config", contents), *_split(tensor_parallel, dtype), out
+            )
+        )
         return cls._of(out[0])
 
     @classmethod

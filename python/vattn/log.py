@@ -56,7 +56,11 @@ def _hand_on() -> None:
         with contextlib.suppress(Exception):
             part = target.decode(errors="replace")
             _logger.log(
-                LEVELS.get(level, logging.ERROR), "%s: %s", part, text.decode(errors="replace"), extra={"part": part}
+                LEVELS.get(level, logging.ERROR),
+                "%s: %s",
+                part,
+                text.decode(errors="replace"),
+                extra={"part": part},
             )
 
 

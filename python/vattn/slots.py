@@ -35,7 +35,7 @@ class Slot:
 class Batch:
     """Slots and their tokens in memory of its own, for a server's step: made once, counted on each time.
 
-    `tokens` is a writable view of unsigned 64-bit integers, one for each slot: `batch.tokens[i] += 1`, or with
+    `tokens` is a writable view of unsigned 64-bit integers, one for each slot: `batch.tokens[i] += 1`, or in
     NumPy `numpy.asarray(batch.tokens)[:] += 1`.
     """
 
@@ -81,7 +81,9 @@ def snapshot(source: Any, count: int) -> Any:
 
 def _packed(slots: Sequence[Slot], counts: Sequence[int]) -> tuple[Any, int]:
     if len(slots) != len(counts):
-        raise ValueError(f"there are {len(slots)} slots and {len(counts)} lengths; give one length for each slot")
+        raise ValueError(
+            f"there are {len(slots)} slots and {len(counts)} lengths; give one length for each slot"
+        )
     flat: list[int] = []
     for slot, tokens in zip(slots, counts, strict=True):
         try:
@@ -182,8 +184,8 @@ def _from_buffer(view: memoryview) -> tuple[Any, int]:
     whole = row == ENTRY or view.itemsize == 1
     if not whole or view.nbytes % ENTRY:
         raise TypeError(
-            f"entries is a buffer of {view.nbytes} bytes in items of {view.itemsize}; an entry has {ENTRY} bytes: "
-            "u32 index, u32 cache, u64 generation, u64 tokens. For lengths alone give slots as well"
+            f"entries is a buffer of {view.nbytes} bytes in items of {view.itemsize}; an entry has {ENTRY} "
+            "bytes: u32 index, u32 cache, u64 generation, u64 tokens. For lengths alone give slots as well"
         )
     count = view.nbytes // ENTRY
     return snapshot(ffi.from_buffer(view), count), count

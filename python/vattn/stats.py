@@ -51,13 +51,13 @@ class CallStats:
 
 @dataclass(frozen=True)
 class Bytes:
-    """How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`, but for
-    what is being moved at this moment.
+    """How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`, but
+    for what is being moved at this moment.
 
     `needed` is what the tokens of the slots in use fill, with no rounding; `mapped` the extents under them;
-    `parked` the extents that hold nobody's tokens, `ahead` of them those that were mapped before a step needed
-    them; `free_bytes` what is created and mapped nowhere; `quarantined` what the driver would not let go of;
-    `pinned` what of `mapped` views keep; `held` all of it; `budget` what may be held at most.
+    `parked` the extents that hold nobody's tokens, `ahead` of them those that were mapped before a step
+    needed them; `free_bytes` what is created and mapped nowhere; `quarantined` what the driver would not let
+    go of; `pinned` what of `mapped` views keep; `held` all of it; `budget` what may be held at most.
     """
 
     needed: int
@@ -78,8 +78,8 @@ class Stats:
     `health` is `healthy`, `degraded` or `failed`. Slots: those that a request has, those that nobody has and
     that still have memory, and how many requests can have. Then steps, slots acquired, adopted (acquired with
     memory in them) and retired; extents reclaimed, resized and mapped ahead; operations rolled back; failures
-    in the background, drops that were refused, calls that returned an error; and calls of the driver: all, and
-    those beside the path of requests; and `pins`, the views and tensors of it that are alive.
+    in the background, drops that were refused, calls that returned an error; and calls of the driver: all,
+    and those beside the path of requests; and `pins`, the views and tensors of it that are alive.
     """
 
     health: str
@@ -118,8 +118,8 @@ class Layout:
 
     `slots` is the first dimension of every tensor, the spare one included, whose index is `spare_slot` (None
     where there is none). `stride_tokens` are the tokens from one slot to the next and `pages_per_slot` the
-    pages, the same in all tensors. `granule` is the unit of mapping, `bytes_per_token` what one token takes in
-    all tensors, `virtual_size` the bytes of addresses of all of them.
+    pages, the same in all tensors. `granule` is the unit of mapping, `bytes_per_token` what one token takes
+    in all tensors, `virtual_size` the bytes of addresses of all of them.
     """
 
     layers: int
@@ -140,8 +140,8 @@ class Layout:
 class Tensor:
     """One range of addresses, as whoever registers memory with a network card wants it.
 
-    `data` is its address and `size` its bytes, of all slots together; `slot_stride` the bytes from one slot to
-    the next, `token_bytes` what a token takes in it. `layers` of the model's layers lie in it, from
+    `data` is its address and `size` its bytes, of all slots together; `slot_stride` the bytes from one slot
+    to the next, `token_bytes` what a token takes in it. `layers` of the model's layers lie in it, from
     `first_layer` on. What no step has asked for has no memory behind it.
     """
 
@@ -159,8 +159,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class BufferInfo:
-    """A buffer in numbers: its address, its bytes of addresses, the unit of allocation, and the bytes that are
-    committed, and those that are allocated, in whole extents."""
+    """A buffer in numbers: its address, its bytes of addresses, the unit of allocation, and the bytes that
+    are committed, and those that are allocated, in whole extents."""
 
     data: int
     size: int

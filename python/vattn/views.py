@@ -107,14 +107,16 @@ class View:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A DLPack capsule over the same memory, which keeps it by itself. On a device it is for the caller to
-        see to it that `stream` comes after the work that fills the memory."""
+        """A DLPack capsule over the same memory, which keeps it by itself. On a device it is for the caller
+        to see to it that `stream` comes after the work that fills the memory."""
         if not self._touchable:
             raise BufferError("a ledger driver keeps books and has no memory; use a host or a CUDA driver")
         if copy:
             raise BufferError("a view is never copied by vattn; take it as it is, and copy that")
         if dl_device is not None and (int(dl_device[0]), int(dl_device[1])) != self.__dlpack_device__():
-            raise BufferError(f"the memory is on {self.device}, and {dl_device} was asked for; take it as it is")
+            raise BufferError(
+                f"the memory is on {self.device}, and {dl_device} was asked for; take it as it is"
+            )
         if self.device_type == CPU and stream is not None:
             raise BufferError(f"stream is {stream!r}, and the processor's memory has none; pass None")
         version = int(max_version is not None and max_version[0] >= 1)
@@ -141,8 +143,8 @@ class View:
         }
 
     def numpy(self) -> Any:
-        """A NumPy array over the same memory, on the host. bfloat16 and the 8-bit floats have ml_dtypes' types
-        where that is installed, else they are the bits: uint16 or uint8."""
+        """A NumPy array over the same memory, on the host. bfloat16 and the 8-bit floats have ml_dtypes'
+        types where that is installed, else they are the bits: uint16 or uint8."""
         if self.device_type != CPU or not self._touchable:
             raise TypeError(f"NumPy can't reach {self._place()}; use DLPack with a library that can")
         try:
@@ -159,7 +161,11 @@ class View:
         return array
 
     def _place(self) -> str:
-        return f"memory of {self.device}" if self._touchable else "the addresses of a ledger driver, which has no memory"
+        return (
+            f"memory of {self.device}"
+            if self._touchable
+            else "the addresses of a ledger driver, which has no memory"
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError("a View belongs to its process and can't be pickled; copy what it shows")

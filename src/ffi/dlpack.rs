@@ -14,6 +14,7 @@ use super::entry::{Failure, in_callback, plain};
 use super::fork;
 use super::log;
 use super::pin::PinObject;
+use super::python;
 use super::status::vattn_status::VATTN_FORKED;
 use crate::error::Result;
 use crate::geometry::Dtype;
@@ -290,11 +291,12 @@ unsafe extern "C" fn delete<M: Form>(managed: *mut M) {
             Box::from_raw(kept)
         };
         let pin = kept.pin;
-        if !in_callback() && !log::is_heard() {
+        let awaited = log::is_heard() && python::holds_lock();
+        if !in_callback() && !awaited {
             return drop(pin);
         }
         // Giving the pin up takes locks of the cache. This thread may hold them; or another one does, in a log
-        // callback, and waits for a lock of the program's that this thread holds, such as an interpreter's.
+        // callback, and waits for the interpreter's lock, which this thread holds.
         let pin = ManuallyDrop::new(pin);
         let given_up = std::thread::Builder::new().spawn(move || drop(ManuallyDrop::into_inner(pin)));
         if let Err(error) = given_up {

@@ -18,7 +18,8 @@
 //! | `library.rs` | versions, what this machine offers, strings |
 //! | `log.rs` | who is told what the library logs |
 //! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs`, `pin.rs`, `buffer.rs` | one object of C each |
-//! | `dlpack.rs`, `capsule.rs` | arrays over pinned memory, as other libraries take them; Python's capsules of them |
+//! | `dlpack.rs` | arrays over pinned memory, as other libraries take them |
+//! | `python.rs` | Python's capsules of them, and whether a thread has its lock |
 //! | `layout.rs`, `stats.rs` | structs that are filled for C |
 //! | `testing.rs` | drivers that fail on demand, fences that are fired by hand |
 //!
@@ -32,7 +33,6 @@
 mod args;
 mod buffer;
 mod cache;
-mod capsule;
 mod config;
 mod dlpack;
 mod driver;
@@ -44,6 +44,7 @@ mod layout;
 mod library;
 mod log;
 mod pin;
+mod python;
 mod stats;
 mod status;
 mod testing;

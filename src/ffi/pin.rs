@@ -6,11 +6,11 @@ use std::sync::Arc;
 use super::args;
 use super::buffer::vattn_buffer;
 use super::cache::{vattn_cache, vattn_slot};
-use super::capsule;
 use super::dlpack::{self, Array};
 use super::entry::{enter, on_cache, plain};
 use super::geometry::element;
 use super::handle::{BUFFERS, PINS};
+use super::python;
 use super::status::vattn_status;
 use crate::buffer::Buffer;
 use crate::cache::Pin;
@@ -222,7 +222,7 @@ pub unsafe extern "C" fn vattn_dlpack_destroy(tensor: *mut c_void, version_major
 pub unsafe extern "C" fn vattn_dlpack_capsule_destroy(capsule: *mut c_void) {
     plain((), || {
         // SAFETY: as the caller promises.
-        unsafe { capsule::destroy(capsule) }
+        unsafe { python::destroy_capsule(capsule) }
     })
 }
 

@@ -206,6 +206,10 @@ impl World {
             let expected = if version > 1 { VATTN_INVALID_ARGUMENT } else { VATTN_OK };
             let status = call!(self, vattn_dlpack_destroy(none, version));
             assert_eq!(status, expected);
+            self.voice.begin("vattn_dlpack_capsule_destroy");
+            // SAFETY: NULL is no capsule.
+            unsafe { vattn::ffi::vattn_dlpack_capsule_destroy(none) };
+            self.voice.end("vattn_dlpack_capsule_destroy", VATTN_OK);
             return;
         }
         let tensor = self.tensors.swap_remove(s.index(self.tensors.len()));

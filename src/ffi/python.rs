@@ -1,14 +1,16 @@
-//! The end of a Python capsule that has a DLPack tensor in it.
+//! What this library knows of Python: the end of a capsule that has a DLPack tensor in it, and whether a thread
+//! holds the interpreter's lock.
 //!
 //! A consumer that takes a tensor over renames its capsule. One that failed on the way lets go of the capsule
-//! with an exception under way, when no code in Python can run: so this is the library's. Python's functions
-//! are looked for in the process that calls, and nothing is linked.
+//! with an exception under way, when no code in Python can run: so the destructor is the library's. Python's
+//! functions are looked for in the process that calls, and nothing is linked.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
 use super::dlpack;
 
 type IsValid = unsafe extern "C" fn(*mut c_void, *const c_char) -> c_int;
+type Check = unsafe extern "C" fn() -> c_int;
 type GetPointer = unsafe extern "C" fn(*mut c_void, *const c_char) -> *mut c_void;
 
 /// What a capsule is called until its tensor is taken over, by the tensor's version.
@@ -18,11 +20,11 @@ const NAMES: [&CStr; 2] = [c"dltensor", c"dltensor_versioned"];
 ///
 /// # Safety
 /// - `capsule` is NULL, or Python's and alive, with the interpreter's lock held and a tensor of this library.
-pub(super) unsafe fn destroy(capsule: *mut c_void) {
+pub(super) unsafe fn destroy_capsule(capsule: *mut c_void) {
     if capsule.is_null() {
         return;
     }
-    let Some((is_valid, get_pointer)) = python() else { return };
+    let Some((is_valid, get_pointer)) = capsules() else { return };
     for (version, name) in (0..).zip(NAMES) {
         // SAFETY: the capsule is alive, and a name of one of these is that of a tensor which is still its own.
         unsafe {
@@ -34,13 +36,25 @@ pub(super) unsafe fn destroy(capsule: *mut c_void) {
     }
 }
 
+/// Whether this thread holds the lock of an interpreter.
+pub(super) fn holds_lock() -> bool {
+    // SAFETY: it may be called from any thread, whether it was Python's before or not.
+    check().is_some_and(|check| unsafe { check() } == 1)
+}
+
 #[cfg(unix)]
-fn python() -> Option<(IsValid, GetPointer)> {
-    let find = |name: &CStr| {
-        // SAFETY: the name ends with a NUL.
-        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
-        (!found.is_null()).then_some(found)
-    };
+fn find(name: &CStr) -> Option<*mut c_void> {
+    // SAFETY: the name ends with a NUL.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    (!found.is_null()).then_some(found)
+}
+
+#[cfg(not(unix))]
+fn find(_: &CStr) -> Option<*mut c_void> {
+    None
+}
+
+fn capsules() -> Option<(IsValid, GetPointer)> {
     let (is_valid, get_pointer) = (find(c"PyCapsule_IsValid")?, find(c"PyCapsule_GetPointer")?);
     // SAFETY: in every process that has these they are Python's, whose stable ABI declares them so.
     unsafe {
@@ -51,7 +65,7 @@ fn python() -> Option<(IsValid, GetPointer)> {
     }
 }
 
-#[cfg(not(unix))]
-fn python() -> Option<(IsValid, GetPointer)> {
-    None
+fn check() -> Option<Check> {
+    // SAFETY: as above.
+    find(c"PyGILState_Check").map(|check| unsafe { std::mem::transmute::<*mut c_void, Check>(check) })
 }
