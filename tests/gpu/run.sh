@@ -138,13 +138,13 @@ python() {
         note "example-$(basename "$example" .py)" python3 "$example"
     done
     note python-step python3 python/benches/step.py
-    note attention-errors python3 python/benches/attention_errors.py --out "$out"
+    note attention-errors python3 python/benches/attention_errors.py "$out"
 }
 
 huggingface() {
     installed
     limit=$((limit + 270))
-    note huggingface python3 python/benches/hf_caches.py --out "$out"
+    note huggingface python3 python/benches/hf_caches.py "$out"
     limit=$((limit - 270))
 }
 
