@@ -10,6 +10,7 @@ transformers.
 
 from __future__ import annotations
 
+import os
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +79,8 @@ class LayerGroup:
         #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing
         #: was there before.
         self.turn: list[Turn] = []
+        #: The shapes of keys and of values that each layer brings to it.
+        self.keys_taken = self.values_taken = (0, 0, 0, 0)
         #: Tokens of the pass that no later one will see.
         self.skipped = 0
         #: Whether tokens were taken away since, so that a window need keep no more than it sees.
@@ -111,6 +114,8 @@ class LayerGroup:
         self.grow(held + kept)
         self.before, self.after, self.cropped = self.after, self.after + count, False
         self.skipped = count - kept
+        self.keys_taken = (self.rows, self.shape.heads, count, self.shape.key_dim)
+        self.values_taken = (self.rows, self.shape.heads, count, self.shape.value_dim)
         seen: tuple[Iterable[torch.Tensor | None], Iterable[torch.Tensor | None]] = repeat(None), repeat(None)
         if held:
             past = held if reach is None else min(held, reach)
@@ -217,22 +222,28 @@ class LayerGroup:
             self.rows = 0
         self.set_rows(rows)
 
+    def widen(self, rows: int) -> None:
+        """Has so many rows at least, with memory for what each holds, or changes nothing."""
+        if rows > self.slots:
+            self.move(range(self.layers), rows)
+        if rows > self.rows:
+            old = self.rows
+            self.set_rows(rows)
+            try:
+                if self.backed:
+                    self._back(self.backed)
+            except BaseException:
+                self.set_rows(old)
+                raise
+
     def rearrange(self, sources: Sequence[int]) -> None:
-        """Row i becomes what row `sources[i]` was, in place; rows may come and go."""
-        old, new = self.rows, len(sources)
+        """Row i becomes what row `sources[i]` was, in place; rows may go, and come after `widen`."""
         self.turn = []
-        if new > self.slots:
-            self.move(range(self.layers), new)
-        if new > old:
-            backed = self.backed
-            self.set_rows(new)
-            if backed:
-                self._back(backed)
         moved = [(to, source) for to, source in enumerate(sources) if to != source]
         if moved and self.held:
             self._copy_rows([to for to, _ in moved], [source for _, source in moved])
-        if new < old:
-            self.set_rows(new)
+        if len(sources) < self.rows:
+            self.set_rows(len(sources))
 
     def _copy_rows(self, to: list[int], source: list[int]) -> None:
         device = self.shape.device
@@ -250,8 +261,12 @@ class LayerGroup:
     def copy_of(self, kept: Sequence[int], rows: int, open_cache: Open) -> LayerGroup:
         """A group of its own with the tokens of the kept layers, and slots for so many rows."""
         new = LayerGroup(self.shape, len(kept), max(rows, self.rows), open_cache)
-        new.set_rows(self.rows)
-        new.grow(self.held)
+        try:
+            new.set_rows(self.rows)
+            new.grow(self.held)
+        except BaseException:
+            new.close()
+            raise
         new.before, new.after = self.before, self.after
         if self.held:
             for outof, into in zip(self.window(0, self.held), new.window(0, self.held), strict=True):
@@ -289,14 +304,25 @@ class LayerGroup:
 
 # Caches that ended while somebody had tensors over their memory, which must not go from under them.
 _lingering: list[KvCache] = []
+# In a child of fork they are the parent's.
+os.register_at_fork(after_in_child=_lingering.clear)
 
 
 def sweep() -> None:
-    """Closes caches whose last tensors are gone."""
-    for cache in list(_lingering):
-        if not cache.stats().pins:
-            _lingering.remove(cache)
-            cache.close()
+    """Closes caches whose last tensors are gone. Any thread may, at any time."""
+    kept = []
+    try:
+        while _lingering:
+            cache = _lingering.pop()
+            if cache.stats().pins:
+                kept.append(cache)
+            else:
+                cache.close()
+    except IndexError:
+        # Another thread took the last one.
+        pass
+    finally:
+        _lingering.extend(kept)
 
 
 def _spread(blocks: Blocks, start: int, tokens: int) -> Views:
