@@ -7,6 +7,7 @@ Skipped, aloud, where PyTorch is missing.
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
 
 import pytest
@@ -80,6 +81,44 @@ def test_pages_of_the_identity_table_are_the_slots_tokens(driver: vattn.Driver) 
         assert empty.indptr.tolist() == [0, 0, 0, 1]
         assert empty.last_page_len.tolist() == [0, 0, 5]
         del keys, pages, _
+
+
+def test_tables_refuse_what_would_be_another_slots_pages(driver: vattn.Driver) -> None:
+    with open_cache(driver, page_tokens=16) as cache:
+        slots = [cache.acquire() for _ in range(2)]
+        most = cache.layout.max_tokens
+        for table in (vt.identity_page_table, vt.identity_page_csr):
+            with pytest.raises(ValueError, match=f"a length is {most + 1}, and a slot holds {most}"):
+                table(cache, slots, [1, most + 1])
+            with pytest.raises(ValueError, match="give one length a slot"):
+                table(cache, slots[:1], [5, 6])
+            with pytest.raises(TypeError, match="slots has 0; give slots"):
+                table(cache, [0, 1], [5, 6])
+            with pytest.raises(TypeError, match="float"):
+                table(cache, slots, [1.5, 2])
+    tiny = vattn.Geometry([vattn.Layers(1, 1, 8, 8)], dtype="int8")
+    with vattn.KvCache(tiny, vattn.LedgerDriver("1GiB"), max_slots=1 << 20) as cache:
+        with pytest.raises(ValueError, match="int32 counts to .* larger page_tokens than 16"):
+            vt.identity_page_table(cache, [cache.acquire()])
+
+
+def test_a_driver_that_was_closed_is_made_anew() -> None:
+    with vt.driver_for(torch.device("cpu")):
+        pass
+    assert vt.committed(vt.empty_virtual(5)) == 0
+
+
+def test_a_child_of_fork_may_drop_its_parents_tensors(capfd: pytest.CaptureFixture[str]) -> None:
+    virtual = vt.empty_virtual((100, 10))
+    vt.commit(virtual, 0, 5)
+    child = os.fork()
+    if child == 0:
+        del virtual
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert capfd.readouterr().err == ""
+    assert vt.committed(virtual) == 200
 
 
 def test_lengths_and_indices_are_int32(driver: vattn.Driver) -> None:
@@ -168,6 +207,12 @@ def test_a_virtual_tensor_refuses_what_it_can_not_do() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             wrong()
+    for shape in ((2.5,), "3", 1.5):
+        with pytest.raises(TypeError):
+            vt.empty_virtual(shape)
+    column = vt.empty_virtual((100, 1))
+    vt.commit(column.T, 0, 1)
+    assert vt.committed(column) == 400
     with pytest.raises(TypeError, match="it can be torch.float32"):
         vt.empty_virtual((3,), torch.complex64)
     with pytest.raises(TypeError, match="is no tensor"):

@@ -338,6 +338,15 @@ def test_states_of_linear_layers_are_kept_too() -> None:
     inputs = prompt(rows=2)
     with VattnCache(model) as cache:
         same(generate(model, cache, inputs), generate(model, own(model), inputs))
+        with torch.inference_mode():
+            cache.reset()
+            model(**prompt(rows=3), past_key_values=cache)
+        # Out of the mode, and with fewer rows.
+        cache.reset()
+        tokens = prompt(rows=1, padded=False)["input_ids"]
+        torch.testing.assert_close(steps(model, cache, tokens), steps(model, own(model), tokens))
+        with torch.inference_mode():
+            model(input_ids=tokens[:, :1], past_key_values=cache)
 
 
 def make_hybrid() -> Any:
@@ -422,6 +431,114 @@ def test_what_is_not_supported_is_refused_with_a_sentence(driver: vattn.Driver) 
         VattnCache("llama")
     with pytest.raises(TypeError, match="states of torch.float64"):
         steps(model.double(), VattnCache(model), tokens)
+
+
+def test_a_pass_that_ended_half_way_has_to_go_as_a_whole(driver: vattn.Driver) -> None:
+    model = make("Gemma3Text")
+    tokens = prompt(rows=1, padded=False)["input_ids"]
+    whole = steps(model, own(model), tokens)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def half(cache: Any, ids: Any) -> None:
+        hook = model.model.layers[2].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            steps(model, cache, ids)
+        hook.remove()
+
+    with VattnCache(model, driver=driver) as cache:
+        half(cache, tokens[:, :4])
+        with pytest.raises(RuntimeError, match="comes for the first time, and others hold 4 tokens"):
+            steps(model, cache, tokens[:, 4:6])
+        cache.reset()
+        steps(model, cache, tokens[:, :4])
+        half(cache, tokens[:, 4:7])
+        for kept in (0, -2, 5):
+            with pytest.raises(RuntimeError, match="from 4 to 7 tokens.*take 3 away at least"):
+                cache.crop(kept)
+        cache.crop(-3)
+        torch.testing.assert_close(steps(model, cache, tokens[:, 4:]), whole[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+@small_granules
+def test_rows_that_find_no_memory_change_nothing(driver: vattn.Driver) -> None:
+    model = make("Mistral", sliding_window=600, max_position_embeddings=4096)
+    tokens = torch.randint(3, 97, (2, 900))
+    with VattnCache(model, driver=driver, budget="4MiB") as cache, VattnCache(model, driver=driver) as larger:
+        for past in (cache, larger):
+            for at in range(0, 900, 100):
+                steps(model, past, tokens[:, at : at + 100])
+        with pytest.raises(vattn.OutOfBudget, match=r"30 rows of 900 tokens can't be held; give VattnCache a larger"):
+            cache.batch_repeat_interleave(15)
+        with pytest.raises(IndexError, match="there are 2"):
+            cache.reorder_cache(torch.tensor([0, 2, 1]))
+        assert [group.rows for group in cache.groups] == [2]
+        with pytest.raises(ValueError, match="a batch of 30 came"):
+            steps(model, cache, tokens[:1, :1].expand(30, 1))
+        torch.testing.assert_close(steps(model, cache, tokens[:, :1]), steps(model, larger, tokens[:, :1]))
+
+
+@small_granules
+def test_a_batch_without_addresses_leaves_a_cache_that_works(driver: vattn.Driver) -> None:
+    model = make("Llama")
+    tokens = prompt(rows=1, padded=False)["input_ids"]
+    with VattnCache(model, driver=driver, max_tokens=1 << 33) as cache:
+        first = steps(model, cache, tokens)
+        cache.reset()
+        with pytest.raises(vattn.OutOfAddressSpace, match="give VattnCache a smaller max_tokens="):
+            steps(model, cache, tokens.expand(64, -1))
+        torch.testing.assert_close(steps(model, cache, tokens), first)
+
+
+def test_states_of_another_shape_are_refused(driver: vattn.Driver) -> None:
+    def states(rows: int, count: int, width: int) -> Any:
+        return torch.ones(rows, 4, count, width)
+
+    with VattnCache(transformers.LlamaConfig(**SIZES), driver=driver) as cache:
+        cache.update(states(2, 3, 8), states(2, 3, 8), 0)
+        for wrong in (states(1, 3, 8), states(2, 1, 8)):
+            with pytest.raises(ValueError, match=r"layer 1 came with .* has \[2, 4, 3, 8\]"):
+                cache.update(wrong, wrong, 1)
+        cache.reset()
+        for wrong in (states(2, 3, 1), states(2, 3, 8).half()):
+            with pytest.raises(ValueError, match="layer 0 came with .* call close"):
+                cache.update(wrong, wrong, 0)
+        for wrong in (states(2, 3, 8)[0], states(1, 3, 8)):
+            with pytest.raises(TypeError, match="alike but for dim"):
+                cache.update(states(2, 3, 8)[: wrong.dim()], wrong, 0)
+        cache.update(states(2, 3, 8), states(2, 3, 8), 0)
+        with pytest.raises(RuntimeError, match="no gradients"):
+            cache.update(states(2, 3, 8).requires_grad_(), states(2, 3, 8), 1)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="SKIP: a child of fork can't use the GPU")
+def test_a_child_of_fork_leaves_its_parents_caches_alone(driver: vattn.Driver, capfd: Any) -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    states = torch.ones(1, 4, 3, 8)
+    cache, ended = VattnCache(config, driver=driver), VattnCache(config, driver=driver)
+    cache.update(states, states, 0)
+    ended.update(states, states, 0)
+    seen = ended.update(states, states, 0)
+    with pytest.warns(ResourceWarning):
+        ended.close()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            del cache, ended, seen
+            gc.collect()
+            own_cache = VattnCache(config, driver=vattn.HostDriver("16MiB", granule="64KiB"))
+            own_cache.update(states, states, 0)
+            own_cache.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert capfd.readouterr().err == ""
+    del seen
+    cache.close()
+    VattnCache(config, driver=driver).update(states, states, 0)
 
 
 def test_a_cache_may_be_written_in_and_out_of_inference_mode(driver: vattn.Driver) -> None:

@@ -14,6 +14,7 @@ each row, and the waste at the end is a layer's, not a row's.
 
 from __future__ import annotations
 
+import os
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,16 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from vattn import Batch, Geometry, KvCache, Layers, OutOfDeviceMemory
+from vattn import (
+    Batch,
+    Geometry,
+    KvCache,
+    Layers,
+    OutOfAddressSpace,
+    OutOfBudget,
+    OutOfDeviceMemory,
+    OutOfMappings,
+)
 from vattn.torch import DTYPE_NAMES, fences, tensor
 
 #: Bytes that moving rows takes beside the cache, at most.
@@ -84,6 +94,8 @@ class LayerGroup:
         #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing was
         #: there before.
         self.turn: list[Turn] = []
+        #: The shapes of keys and of values that each layer brings to it.
+        self.keys_taken = self.values_taken = (0, 0, 0, 0)
         #: Tokens of the pass that no later one will see.
         self.skipped = 0
         #: Whether tokens were taken away since, so that a window need keep no more than it sees.
@@ -93,6 +105,8 @@ class LayerGroup:
 
     def _open(self, rows: int) -> None:
         sweep()
+        #: Whether it has no cache, because it gave one up and got no other.
+        self.ended = True
         #: For how many rows a token has room.
         self.room = rows
         self.cache = self.open_cache(self.shape, self.layers, rows)
@@ -104,6 +118,7 @@ class LayerGroup:
         # [slot, row, head, token, dim]
         self.all_keys = self._by_row("key")
         self.all_values = self._by_row("value")
+        self.ended = False
 
     def _by_row(self, part: Literal["key", "value"]) -> torch.Tensor:
         whole = tensor(self.cache.raw(0, part))
@@ -124,6 +139,8 @@ class LayerGroup:
         self.grow(held + kept)
         self.before, self.after, self.cropped = self.after, self.after + count, False
         self.skipped = count - kept
+        self.keys_taken = (self.rows, self.shape.heads, count, self.shape.key_dim)
+        self.values_taken = (self.rows, self.shape.heads, count, self.shape.value_dim)
         seen: tuple[Iterable[torch.Tensor | None], Iterable[torch.Tensor | None]] = repeat(None), repeat(None)
         if held:
             past = held if reach is None else min(held, reach)
@@ -242,24 +259,28 @@ class LayerGroup:
         self.set_rows(rows)
 
     def _suits(self, rows: int) -> bool:
-        """Whether there is room for so many rows, and no more than twice of what they need."""
+        """Whether there is room for so many rows, and less than twice of what they need."""
         return rows <= self.room < 2 * rows
 
+    def widen(self, rows: int) -> None:
+        """Has so many rows at least, with memory for what each holds, or changes nothing."""
+        if rows > self.room:
+            self._move(rows)
+        self.set_rows(max(rows, self.rows))
+
     def rearrange(self, sources: Sequence[int]) -> None:
-        """Row i becomes what row `sources[i]` was, in place; rows may come and go."""
-        new = len(sources)
+        """Row i becomes what row `sources[i]` was, in place; rows may go, and come after `widen`."""
         self.turn = []
-        if new > self.room:
-            self._move(new)
-        if new > self.rows:
-            self.set_rows(new)
         moved = [(to, source) for to, source in enumerate(sources) if to != source]
         if moved and self.held:
             self._copy_rows([to for to, _ in moved], [source for _, source in moved])
-        if new < self.rows:
-            self.set_rows(new)
-        if not self._suits(new):
-            self._move(new)
+        self.set_rows(len(sources))
+        if not self._suits(self.rows):
+            try:
+                self._move(self.rows)
+            except (OutOfBudget, OutOfDeviceMemory, OutOfMappings, OutOfAddressSpace):
+                # It stays as wide as it was.
+                pass
 
     def _copy_rows(self, to: list[int], source: list[int]) -> None:
         device = self.shape.device
@@ -277,9 +298,13 @@ class LayerGroup:
     def copy_of(self, room: int, open_cache: Open) -> LayerGroup:
         """A group of its own with the same tokens, and room for so many rows."""
         new = LayerGroup(self.shape, self.layers, room, open_cache)
+        try:
+            new.set_rows(self.rows)
+            new.grow(self.held)
+        except BaseException:
+            new.close()
+            raise
         new.plan = list(self.plan)
-        new.set_rows(self.rows)
-        new.grow(self.held)
         new.before, new.after, new.cropped = self.before, self.after, self.cropped
         if self.held:
             for outof, into in zip(self.window(0, self.held), new.window(0, self.held), strict=True):
@@ -295,7 +320,7 @@ class LayerGroup:
 
     def close(self) -> None:
         """Gives everything back once the device is done with it."""
-        if not self.cache.closed:
+        if not self.ended:
             self._end()
 
     def _end(self) -> None:
@@ -304,6 +329,7 @@ class LayerGroup:
             self.cache.retire(slot, *done)
         self.turn, self.backed, self.ahead = [], 0, 0
         del self.keys, self.values, self.all_keys, self.all_values
+        self.ended = True
         _lingering.append(self.cache)
         sweep()
         if not self.cache.closed:
@@ -317,11 +343,23 @@ class LayerGroup:
 
 # Caches that ended while somebody had tensors over their memory, which must not go from under them.
 _lingering: list[KvCache] = []
+# In a child of fork they are the parent's.
+os.register_at_fork(after_in_child=_lingering.clear)
 
 
 def sweep() -> None:
-    """Closes caches whose last tensors are gone."""
-    for cache in list(_lingering):
-        if not cache.stats().pins:
-            _lingering.remove(cache)
-            cache.close()
+    """Closes caches whose last tensors are gone. Any thread may, at any time."""
+    kept = []
+    try:
+        while _lingering:
+            cache = _lingering.pop()
+            if cache.stats().pins:
+                kept.append(cache)
+            else:
+                cache.close()
+    except IndexError:
+        # Another thread took the last one.
+        pass
+    finally:
+        _lingering.extend(kept)
+

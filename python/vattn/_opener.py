@@ -68,6 +68,7 @@ def explained(error: vattn.Error, rows: int, tokens: int) -> vattn.Error:
     cure = {
         vattn.OutOfBudget: "give VattnCache a larger budget=, or generate with fewer rows or tokens",
         vattn.TooManyTokens: "give VattnCache a larger max_tokens=",
+        vattn.OutOfAddressSpace: "give VattnCache a smaller max_tokens=, or generate with fewer rows",
         vattn.OutOfMappings: "raise vm.max_map_count, or generate with fewer rows",
     }.get(type(error), "generate with fewer rows or tokens, or close what else holds the device's memory")
     said = type(error)(f"{rows} rows of {tokens} tokens can't be held; {cure}. {error.message}")

@@ -98,10 +98,10 @@ def _once(cache: vattn.KvCache, kind: str, layer: int, part: Part) -> torch.Tens
 # ---- what kernels ask for ----
 
 
-def _integers(values: Any, device: Device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+def _integers(values: Any, device: Device) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
-        return values.to(device=device, dtype=dtype, non_blocking=True)
-    return torch.tensor(list(values), dtype=dtype, device=device)
+        return values.to(device=device, dtype=torch.int32, non_blocking=True)
+    return torch.tensor([operator.index(value) for value in values], dtype=torch.int32, device=device)
 
 
 def cache_batch_idx(slots: Iterable[vattn.Slot] | torch.Tensor, device: Device = None) -> torch.Tensor:
@@ -109,7 +109,11 @@ def cache_batch_idx(slots: Iterable[vattn.Slot] | torch.Tensor, device: Device =
     sequence of a batch is."""
     if isinstance(slots, torch.Tensor):
         return _integers(slots, device)
-    return _integers([slot.index for slot in slots], device)
+    chosen = list(slots)
+    for slot in chosen:
+        if not isinstance(slot, vattn.Slot):
+            raise TypeError(f"slots has {slot!r}; give slots, or a tensor of their indices")
+    return _integers([slot.index for slot in chosen], device)
 
 
 def cache_seqlens(lengths: Iterable[int] | torch.Tensor, device: Device = None) -> torch.Tensor:
@@ -146,9 +150,14 @@ def identity_page_table(
     Columns past a sequence's pages go on counting, and past a slot's last page stay there; kernels read
     none of them. Lengths on a device are waited for, since the number of columns depends on them.
     """
-    each = cache.layout.pages_per_slot
+    each = _pages_per_slot(cache)
     index = cache_batch_idx(slots, device).long()
-    columns = each if lengths is None else -(-_longest(lengths) // cache.layout.page_tokens)
+    columns = each
+    if lengths is not None:
+        counts = _integers(lengths, None)
+        longest = int(counts.max()) if counts.numel() else 0
+        _check(cache, index, counts, longest)
+        columns = -(-longest // cache.layout.page_tokens)
     page = torch.arange(columns, device=index.device).clamp_(max=each - 1)
     return (index[:, None] * each + page).to(torch.int32)
 
@@ -160,20 +169,34 @@ def identity_page_csr(
     device: Device = None,
 ) -> PageTable:
     """The same pages in FlashInfer's form. Lengths on a device are waited for."""
-    tokens, each = cache.layout.page_tokens, cache.layout.pages_per_slot
+    tokens, each = cache.layout.page_tokens, _pages_per_slot(cache)
     index, counts = cache_batch_idx(slots, device).long(), _integers(lengths, device)
     pages = (counts + (tokens - 1)) // tokens
     indptr = cu_seqlens(pages)
+    # Both in one wait for the device.
+    longest, total = torch.stack([counts.max(), indptr[-1]]).tolist() if counts.numel() else (0, 0)
+    _check(cache, index, counts, longest)
     # Entry j of sequence i is page j - indptr[i] of its slot.
-    indices = torch.repeat_interleave(index * each - indptr[:-1], pages.long())
+    indices = torch.repeat_interleave(index * each - indptr[:-1], pages.long(), output_size=total)
     indices += torch.arange(indices.numel(), device=indices.device)
     return PageTable(indptr, indices.to(torch.int32), counts - (pages - 1).clamp(min=0) * tokens)
 
 
-def _longest(lengths: Iterable[int] | torch.Tensor) -> int:
-    if isinstance(lengths, torch.Tensor):
-        return int(lengths.max()) if lengths.numel() else 0
-    return max(lengths, default=0)
+def _pages_per_slot(cache: vattn.KvCache) -> int:
+    layout = cache.layout
+    if (pages := layout.slots * layout.pages_per_slot) > 2**31:
+        raise ValueError(
+            f"the cache has {pages} pages, and int32 counts to 2^31: make it with a larger page_tokens than "
+            f"{layout.page_tokens}, or with fewer slots or tokens"
+        )
+    return layout.pages_per_slot
+
+
+def _check(cache: vattn.KvCache, index: torch.Tensor, counts: torch.Tensor, longest: int) -> None:
+    if index.shape != counts.shape:
+        raise ValueError(f"slots are {list(index.shape)} and lengths {list(counts.shape)}; give one length a slot")
+    if longest > cache.layout.max_tokens:
+        raise ValueError(f"a length is {longest}, and a slot holds {cache.layout.max_tokens} tokens at most")
 
 
 # ---- tensors with addresses and no memory ----
@@ -189,7 +212,7 @@ def driver_for(device: torch.device) -> vattn.Driver:
     """The driver of a device of PyTorch's, made once for a process: CUDA's, or the host's with all memory of
     the machine."""
     known = _drivers.get((os.getpid(), device))
-    if known is None:
+    if known is None or known.closed:
         if device.type == "cpu":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             known = vattn.HostDriver(memory, granule=HOST_GRANULE)
@@ -237,7 +260,10 @@ def empty_virtual(
     """
     if dtype not in DTYPE_NAMES:
         raise TypeError(f"dtype is {dtype}; it can be {', '.join(map(str, DTYPE_NAMES))}")
-    lengths = tuple(int(length) for length in ((shape,) if isinstance(shape, int) else shape))
+    try:
+        lengths: tuple[int, ...] = (operator.index(shape),)  # type: ignore[arg-type]
+    except TypeError:
+        lengths = tuple(operator.index(length) for length in shape)  # type: ignore[union-attr]
     size = math.prod(lengths) * dtype.itemsize
     if not lengths or min(lengths) < 1:
         raise ValueError(f"shape is {list(lengths)}; it needs a dimension at least, and each of 1 or more")
@@ -245,12 +271,14 @@ def empty_virtual(
     buffer = Buffer(size, driver_for(place), largest_extent=largest_extent)
     made = tensor(buffer.array(DTYPE_NAMES[dtype], lengths))
     _virtual[buffer.data_ptr] = buffer
-    weakref.finalize(made.untyped_storage(), _end, buffer, place).atexit = False
+    weakref.finalize(made.untyped_storage(), _end, buffer, place, os.getpid()).atexit = False
     return made
 
 
-def _end(buffer: Buffer, device: torch.device) -> None:
-    """The last tensor over a buffer is gone."""
+def _end(buffer: Buffer, device: torch.device, process: int) -> None:
+    """The last tensor over a buffer is gone. In a child of fork it is the parent's."""
+    if os.getpid() != process:
+        return
     _virtual.pop(buffer.data_ptr, None)
     if buffer.info().committed:
         buffer.decommit(0, buffer.size, *fences(device))
@@ -313,5 +341,6 @@ def _rows(tensor_of: torch.Tensor, start: int, stop: int) -> tuple[Buffer, int, 
     start, stop = operator.index(start), operator.index(stop)
     if not 0 <= start <= stop <= tensor_of.shape[0]:
         raise ValueError(f"rows {start} to {stop} are not within the tensor's {tensor_of.shape[0]}")
-    row = tensor_of.stride(0) * tensor_of.element_size()
+    # The stride of a dimension of one element may be any number.
+    row = tensor_of.numel() // max(tensor_of.shape[0], 1) * tensor_of.element_size()
     return buffer, tensor_of.data_ptr() - buffer.data_ptr + start * row, (stop - start) * row

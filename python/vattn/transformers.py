@@ -16,6 +16,7 @@ Inference only, as `generate` is. Not for several threads at once, as all caches
 from __future__ import annotations
 
 import copy
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,13 @@ from vattn._opener import DriverChoice, Opener, explained
 from vattn.torch import DTYPE_NAMES
 
 
-REFUSALS = (vattn.OutOfBudget, vattn.OutOfDeviceMemory, vattn.OutOfMappings, vattn.TooManyTokens)
+REFUSALS = (
+    vattn.OutOfBudget,
+    vattn.OutOfDeviceMemory,
+    vattn.OutOfMappings,
+    vattn.OutOfAddressSpace,
+    vattn.TooManyTokens,
+)
 States: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
 
@@ -156,7 +163,10 @@ class VattnWindowLayer(VattnLayer):
     get_max_cache_shape = get_max_length
 
 
-def _close_all(groups: list[LayerGroup]) -> None:
+def _close_all(groups: list[LayerGroup], process: int | None = None) -> None:
+    if process not in (None, os.getpid()):
+        # In a child of fork they are the parent's.
+        return
     while groups:
         groups.pop().close()
 
@@ -207,12 +217,14 @@ class VattnCache(cache_utils.Cache):
         self._watch([])
         super().__init__(layers=_layers(self, config))
         self._fast = [layer if isinstance(layer, VattnLayer) else None for layer in self.layers]
+        # As they are before the first token.
+        self._unused = {index: copy.deepcopy(self.layers[index]) for index in self._others()}
 
     def _watch(self, groups: list[LayerGroup]) -> None:
         #: The groups of layers there are, in order of their first layers.
         self.groups = groups
         # It holds the groups, so that they are closed with their fences, whoever forgets this.
-        weakref.finalize(self, _close_all, groups).atexit = False
+        weakref.finalize(self, _close_all, groups, os.getpid()).atexit = False
 
     # ---- what a model calls ----
 
@@ -226,6 +238,10 @@ class VattnCache(cache_utils.Cache):
         if layer is None:
             states: States = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return states
+        if key_states.requires_grad or value_states.requires_grad:
+            raise RuntimeError(
+                "a VattnCache keeps no gradients: call the model under torch.no_grad() or torch.inference_mode()"
+            )
         group = layer.group
         if group is None or layer.length == group.after:
             group = self._begin(layer, key_states, value_states)
@@ -234,14 +250,19 @@ class VattnCache(cache_utils.Cache):
                 f"layer {layer_idx} holds {layer.length} tokens and others of its forward pass {group.before}: an "
                 "earlier pass ended half way; call crop() or reset()"
             )
-        layer.length = group.after
         into_keys, into_values, seen_keys, seen_values = group.turn[layer.at]
+        if key_states.shape != group.keys_taken or value_states.shape != group.values_taken:
+            raise ValueError(
+                f"layer {layer_idx} came with keys {list(key_states.shape)} and values {list(value_states.shape)}, and "
+                f"its forward pass has {list(group.keys_taken)} and {list(group.values_taken)}"
+            )
         if group.skipped:
             into_keys.copy_(key_states[:, :, group.skipped :])
             into_values.copy_(value_states[:, :, group.skipped :])
         else:
             into_keys.copy_(key_states)
             into_values.copy_(value_states)
+        layer.length = group.after
         if seen_keys is None or seen_values is None:
             # Nothing was there: attention may as well read what was given.
             return key_states, value_states
@@ -250,29 +271,40 @@ class VattnCache(cache_utils.Cache):
     def _begin(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> LayerGroup:
         """The group of a layer that is the first of it in a forward pass, with room for all of them; or,
         where the layer is new and the pass goes on already, just the group."""
-        if keys.requires_grad or values.requires_grad:
-            raise RuntimeError(
-                "a VattnCache keeps no gradients: call the model under torch.no_grad() or torch.inference_mode()"
-            )
-        group = layer.group or self._place(layer, keys, values)
-        if layer.length != group.after:
-            return group
-        self._settle(group)
-        rows, heads, count, _ = keys.shape
-        if heads != group.shape.heads:
-            raise ValueError(f"layer {layer.index} came with {heads} heads; it had {group.shape.heads} so far")
-        if rows != group.rows and group.after:
+        shape = self._shape(layer, keys, values)
+        rows, count, group = keys.shape[0], keys.shape[2], layer.group
+        if group is not None and shape != group.shape:
             raise ValueError(
-                f"a batch of {rows} came to a cache that holds {group.rows} rows of {group.after} tokens; call "
-                "reset(), batch_repeat_interleave() or batch_select_indices() first"
+                f"layer {layer.index} came with {_said(shape)}; it had {_said(group.shape)} so far: call close() first"
             )
         try:
+            group = group or self._place(layer, keys, values)
+            if layer.length != group.after:
+                return group
+            self._settle(group)
+            if rows != group.rows and group.after:
+                raise ValueError(
+                    f"a batch of {rows} came to a cache that holds {group.rows} rows of {group.after} tokens; call "
+                    "reset(), batch_repeat_interleave() or batch_select_indices() first"
+                )
             if rows != group.rows:
-                group.restart(rows)
+                self._restart(group, rows)
             self._grow(group, count, layer.record_past)
         except REFUSALS as error:
-            raise explained(error, rows, group.held + count) from error
+            raise explained(error, rows, layer.length + count) from error
         return group
+
+    def _restart(self, group: LayerGroup, rows: int) -> None:
+        try:
+            group.restart(rows)
+        except vattn.Error:
+            if group.ended:
+                # Without the cache that it had and without another: its layers find a place anew.
+                self.groups.remove(group)
+                for layer in self._own():
+                    if layer.group is group:
+                        layer.group = None
+            raise
 
     def _grow(self, group: LayerGroup, count: int, keep_all: bool) -> None:
         try:
@@ -307,9 +339,13 @@ class VattnCache(cache_utils.Cache):
     def _place(self, layer: VattnLayer, keys: torch.Tensor, values: torch.Tensor) -> LayerGroup:
         """Gives a layer its place among layers of its shape."""
         shape = self._shape(layer, keys, values)
+        if missed := max((group.before for group in self.groups), default=0):
+            raise RuntimeError(
+                f"layer {layer.index} comes for the first time, and others hold {missed} tokens of passes before: one "
+                "of these ended half way; call reset()"
+            )
         for group in self.groups:
-            # A place in a group that made one pass already would lack that pass's tokens.
-            if group.shape == shape and group.before == 0 and layer.index in group.plan:
+            if group.shape == shape and layer.index in group.plan:
                 break
         else:
             plan = [
@@ -358,17 +394,37 @@ class VattnCache(cache_utils.Cache):
     def _own(self) -> Iterator[VattnLayer]:
         return (layer for layer in self.layers if isinstance(layer, VattnLayer))
 
-    def _others(self) -> Iterator[Any]:
-        return (layer for layer in self.layers if not isinstance(layer, VattnLayer))
+    def _others(self) -> list[int]:
+        return [index for index, layer in enumerate(self.layers) if not isinstance(layer, VattnLayer)]
+
+    def _renew(self) -> None:
+        """Layers of transformers' own as they were before the first token: their own `reset` keeps the shape of
+        the batch, and can't be called outside of inference mode after a pass within."""
+        for index, unused in self._unused.items():
+            fresh: Any = copy.deepcopy(unused)
+            if getattr(self.layers[index], "record_past", False):
+                fresh.activate_past_recording()
+            self.layers[index] = fresh
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens of every row away: `-n` takes n. A number above 0 is how many stay, as in
-        older releases of transformers. Their memory stays mapped for the next ones."""
-        for layer in self._others():
-            layer.crop(tokens_to_remove)
+        older releases of transformers. Their memory stays mapped for the next ones.
+
+        After a forward pass that ended half way all tokens of that pass have to go."""
+        lengths = [layer.length for layer in self._own() if layer.group is not None] or [0]
+        longest = max(lengths)
+        end = max(longest + tokens_to_remove, 0) if tokens_to_remove <= 0 else min(tokens_to_remove, longest)
+        if end > min(lengths):
+            raise RuntimeError(
+                f"layers hold from {min(lengths)} to {longest} tokens, since a forward pass ended half way: take "
+                f"{longest - min(lengths)} away at least, or call reset()"
+            )
+        for index in self._others():
+            other: Any = self.layers[index]
+            other.crop(tokens_to_remove)
         for group in self.groups:
-            count = -tokens_to_remove if tokens_to_remove <= 0 else max(group.after - tokens_to_remove, 0)
-            if not group.crop(min(count, group.after)):
+            count = max(group.after - end, 0)
+            if not group.crop(count):
                 raise RuntimeError(
                     f"{count} tokens can't be taken from a window of {group.shape.window} that has forgotten what "
                     "was before them: call activate_past_recording() before the forward pass that adds them"
@@ -378,8 +434,7 @@ class VattnCache(cache_utils.Cache):
 
     def reset(self) -> None:
         """Forgets all tokens. Memory stays for the next ones; `close` gives it back."""
-        for layer in self._others():
-            layer.reset()
+        self._renew()
         for group in self.groups:
             group.clear()
         for layer in self._own():
@@ -387,28 +442,45 @@ class VattnCache(cache_utils.Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was, in place: rows that stay are not touched."""
-        for layer in self._others():
-            layer.reorder_cache(beam_idx)
-        if any(group.held for group in self.groups):
-            self._rearrange(beam_idx.tolist())
+        held = any(group.held for group in self.groups)
+        sources = beam_idx.tolist() if held else []
+        self._rearrange(
+            lambda rows: sources if held else range(rows), lambda layer: layer.reorder_cache(beam_idx)
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row becomes `repeats` rows beside each other."""
-        for layer in self._others():
-            layer.batch_repeat_interleave(repeats)
-        for group in self.groups:
-            group.rearrange([row for row in range(group.rows) for _ in range(repeats)])
+        self._rearrange(
+            lambda rows: [row for row in range(rows) for _ in range(repeats)],
+            lambda layer: layer.batch_repeat_interleave(repeats),
+        )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows, in this order: indices, or a truth for each row. The others' memory is kept for
         rows that come."""
-        for layer in self._others():
-            layer.batch_select_indices(indices)
-        if self.groups:
-            self._rearrange(torch.arange(self.groups[0].rows, device=indices.device)[indices].tolist())
+        self._rearrange(
+            lambda rows: torch.arange(rows, device=indices.device)[indices].tolist(),
+            lambda layer: layer.batch_select_indices(indices),
+        )
 
-    def _rearrange(self, sources: Sequence[int]) -> None:
-        for group in self.groups:
+    def _rearrange(self, choose: Callable[[int], Sequence[int]], change: Callable[[Any], Any]) -> None:
+        """Has every layer's rows become those chosen of so many. Where memory is refused nothing is changed."""
+        plans = [(group, group.rows, choose(group.rows)) for group in self.groups]
+        for group, rows, sources in plans:
+            if any(not 0 <= source < rows for source in sources):
+                raise IndexError(f"rows {list(sources)} are asked for, and there are {rows}")
+        try:
+            for group, _, sources in plans:
+                group.widen(len(sources))
+            for index in self._others():
+                change(self.layers[index])
+        except BaseException as error:
+            for group, rows, sources in plans:
+                group.set_rows(rows)
+            if isinstance(error, REFUSALS):
+                raise explained(error, len(sources), self.get_seq_length()) from error
+            raise
+        for group, _, sources in plans:
             group.rearrange(sources)
 
     def bytes_held(self) -> int:
@@ -439,8 +511,12 @@ class VattnCache(cache_utils.Cache):
         new.__dict__.update(self.__dict__)
         memo[id(self)] = new
         new._watch([])
-        for group in self.groups:
-            new.groups.append(group.copy_of(group.rows, group.open_cache))
+        try:
+            for group in self.groups:
+                new.groups.append(group.copy_of(group.room, group.open_cache))
+        except REFUSALS as error:
+            _close_all(new.groups)
+            raise explained(error, group.rows, group.after) from error
         new.layers = []
         for layer in self.layers:
             if isinstance(layer, VattnLayer):
@@ -455,6 +531,10 @@ class VattnCache(cache_utils.Cache):
 
     def __reduce__(self) -> Any:
         raise TypeError("a VattnCache belongs to its process and can't be pickled; copy.deepcopy makes another one")
+
+
+def _said(shape: Shape) -> str:
+    return f"{shape.heads} heads of {shape.key_dim} and {shape.value_dim}, {shape.dtype} on {shape.device}"
 
 
 def _layers(cache: VattnCache, config: Any) -> list[Any]:
