@@ -71,10 +71,10 @@ class Shape:
         )
 
 
-Open = Callable[[Shape, int, int], KvCache]
+Open: TypeAlias = Callable[[Shape, int, int], KvCache]
 
 
-Open = Callable[[Shape, int, int], KvCache]
+Open: TypeAlias = Callable[[Shape, int, int], KvCache]
 
 
 class LayerGroup:
