@@ -307,6 +307,31 @@ fn the_last_pin_of_a_dropped_cache_waits_for_fences() {
 }
 
 #[test]
+fn a_trim_under_way_holds_up_the_pins_of_a_dropped_cache_though_a_wait_failed() {
+    let (watch, cache) = rig::cache_of(&rig::shape(), |builder| builder);
+    let slots = [request(&cache, 40), request(&cache, 40)];
+    let pins = slots.map(|slot| cache.pin(slot).unwrap());
+    watch.hold(ONE);
+    for slot in slots {
+        cache.retire(slot, IDLE).unwrap();
+        watch.used_by(&cache, slot.index(), ONE);
+    }
+    cache.trim(Bytes::ZERO, &[Fence::Stream(ONE)]).unwrap();
+    watch.checked.fail_call_of(Verb::WaitEvent, 1, ErrorKind::Driver);
+    drop(cache);
+    assert_eq!(watch.checked.injected(), 1);
+    let late = watch.clone();
+    watch.checked.on_call(Box::new(move |verb| {
+        if verb == Verb::WaitEvent {
+            late.fire(ONE);
+        }
+    }));
+    drop(pins);
+    assert_eq!(watch.checked.live(), Live::default());
+    assert_eq!(watch.violations(), Vec::<String>::new());
+}
+
+#[test]
 fn what_is_given_up_goes_at_once_where_that_is_the_option() {
     for background in [Background::Off, Background::Thread] {
         let shape = Shape { background, ..shape() };

@@ -166,7 +166,6 @@ impl Core {
     }
 
     fn give_back_unpinned(&self) {
-        let fences = self.goals.lock().take_fences();
         let _moves = self.moves.lock();
         if let Err(error) = self.give_up_memory(fences, |planner| planner.shrink(usize::MAX), Granules::ZERO)
         {
@@ -177,3 +176,5 @@ impl Core {
         }
     }
 }
+        // They stay: of several who give memory back each waits for them, and again where a wait failed.
+        let fences = self.goals.lock().fences();
