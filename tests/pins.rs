@@ -410,3 +410,25 @@ fn a_driver_that_refuses_loses_nothing_but_what_it_keeps() {
     }
     assert!(injected > 8, "{injected} calls were refused");
 }
+
+#[test]
+fn a_driver_that_panics_fails_the_cache_and_not_whoever_drops_a_pin() {
+    for is_closed in [false, true] {
+        let (watch, cache) = rig::cache_of(&shape(), |builder| builder.reclaim(Reclaim::Eager));
+        let slots = [request(&cache, 40), request(&cache, 40)];
+        let [first, second] = slots.map(|slot| cache.pin(slot).unwrap());
+        slots.iter().for_each(|slot| cache.retire(*slot, IDLE).unwrap());
+        let cache = (!is_closed).then_some(cache);
+        watch.checked.on_call(Box::new(|verb| assert!(verb != Verb::Unmap, "a defect of the driver")));
+        drop(first);
+        watch.checked.clear_on_call();
+        if let Some(cache) = &cache {
+            assert_eq!(cache.health(), Health::Failed);
+            let error = cache.trim(Bytes::ZERO, IDLE).unwrap_err();
+            assert!(error.report().contains("dropping a pin panicked: a defect"), "{}", error.report());
+        }
+        let calls = watch.checked.calls().total();
+        drop(second);
+        assert_eq!(watch.checked.calls().total() > calls, is_closed, "the last pin ends the cache, no other");
+    }
+}

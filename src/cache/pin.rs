@@ -7,8 +7,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::cache::Health;
 use crate::cache::core::Core;
 use crate::error::Result;
+use crate::mapper;
 use crate::stats::Counters;
 use crate::sync::atomic::Ordering;
 use crate::units::{Bytes, Device, DeviceAddr, Granules, SlotId, TokenCount};
@@ -109,7 +111,10 @@ impl Drop for Pin {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        self.core.unpin(self.slot, self.tokens);
+        // Whoever drops it may be no caller of this library's, and takes no panic of a driver's.
+        if let Err(words) = mapper::catch(|| self.core.unpin(self.slot, self.tokens)) {
+            self.core.fail(&format!("dropping a pin panicked: {words}"));
+        }
     }
 }
 
@@ -138,6 +143,9 @@ impl Core {
     fn unpin(&self, slot: u32, tokens: TokenCount) {
         let spare = self.table.lock().unpin(slot, tokens);
         let Some(id) = spare else { return };
+        if self.health() == Health::Failed {
+            return;
+        }
         if self.closed.load(Ordering::Relaxed) {
             return self.give_back_unpinned();
         }
