@@ -352,6 +352,38 @@ fn what_is_given_up_goes_at_once_where_that_is_the_option() {
     }
 }
 
+#[test]
+fn what_a_pin_gives_up_while_its_slot_is_busy_goes_at_once_as_well() {
+    let eager = || rig::cache_of(&shape(), |builder| builder.reclaim(Reclaim::Eager));
+    let drop_at = |watch: &Watch, verb, pin| {
+        let (pin, late) = (parking_lot::Mutex::new(Some(pin)), watch.clone());
+        watch.checked.on_call(Box::new(move |called| {
+            if called == verb {
+                pin.lock().take();
+                late.fire(ONE);
+            }
+        }));
+    };
+    let (watch, cache) = eager();
+    let (still, grows) = (request(&cache, 20), request(&cache, 20));
+    step(&cache, still, 80).unwrap();
+    drop_at(&watch, Verb::Create, cache.pin(still).unwrap());
+    cache.truncate(still, tokens(10), IDLE).unwrap();
+    cache.step(&[SlotTokens::new(still, tokens(30)), SlotTokens::new(grows, tokens(300))]).unwrap();
+    let report = cache.report().unwrap();
+    let told = report.slots.iter().find(|slot| slot.index == still.index()).unwrap();
+    assert_eq!((told.backed, report.snapshot.pins), (told.mapped, 0), "{told:?}");
+
+    let (watch, cache) = eager();
+    let slot = request(&cache, 80);
+    drop_at(&watch, Verb::WaitEvent, cache.pin(slot).unwrap());
+    watch.hold(ONE);
+    cache.retire(slot, &[Fence::Stream(ONE)]).unwrap();
+    let next = cache.acquire(tokens(80), None).unwrap();
+    assert_eq!((next.index(), cache.snapshot().pins), (slot.index(), 0));
+    assert_eq!((cache.bytes().mapped, cache.bytes().parked), (Bytes::ZERO, Bytes::ZERO));
+}
+
 /// Every call of the driver that dropping a pin, or a cache under pins, comes to is refused once.
 #[test]
 fn a_driver_that_refuses_loses_nothing_but_what_it_keeps() {

@@ -157,6 +157,12 @@ impl Core {
         }
     }
 
+    /// Lets go of what pins gave up while the caller kept their slots busy. He holds no lock any more.
+    pub(super) fn let_go_unpinned(&self) {
+        let slots = self.table.lock().take_unpinned();
+        slots.into_iter().for_each(|slot| self.let_go(slot));
+    }
+
     /// The cache is dropped, and nobody works in its background any more. What no pin keeps is given back.
     pub(super) fn close(&self) {
         let pins = self.counters.pins.get();
@@ -175,6 +181,8 @@ impl Core {
 
     fn give_back_unpinned(&self) {
         let _moves = self.moves.lock();
+        // They stay: of several who give memory back each waits for them, and again where a wait failed.
+        let fences = self.goals.lock().fences();
         if let Err(error) = self.give_up_memory(fences, |planner| planner.shrink(usize::MAX), Granules::ZERO)
         {
             tracing::error!(
@@ -184,5 +192,3 @@ impl Core {
         }
     }
 }
-        // They stay: of several who give memory back each waits for them, and again where a wait failed.
-        let fences = self.goals.lock().fences();
