@@ -291,6 +291,24 @@ fn what_cannot_be_mapped_back_is_named_and_no_longer_committed() {
 }
 
 #[test]
+fn what_was_never_committed_is_not_named_as_lost() {
+    let scene = Scene::new(8, 4);
+    // The first extent stays behind, with nothing in it that is wanted.
+    scene.checked.fail_call_of(Verb::Create, 2, ErrorKind::OutOfDeviceMemory);
+    scene.checked.fail_call_of(Verb::Unmap, 1, ErrorKind::Driver);
+    scene.buffer.commit(Bytes::ZERO, granules(8)).unwrap_err();
+    scene.buffer.commit(granules(4), granules(4)).unwrap();
+    scene.checked.fail_call_of(Verb::Unmap, 2, ErrorKind::Driver);
+    scene.checked.fail_call_of(Verb::Map, 1, ErrorKind::OutOfMappings);
+    let error = scene.buffer.decommit(Bytes::ZERO, granules(8), IDLE).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Driver, "{error}");
+    assert!(error.to_string().contains("nothing was changed"), "{error}");
+    assert!(scene.buffer.is_committed(granules(4), granules(4)));
+    assert_eq!(scene.buffer.held(), granules(4));
+    scene.end();
+}
+
+#[test]
 fn memory_that_is_stuck_without_access_is_never_handed_out() {
     let scene = Scene::new(4, 4);
     scene.checked.fail_call_of(Verb::SetAccess, 1, ErrorKind::Driver);

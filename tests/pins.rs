@@ -307,6 +307,31 @@ fn the_last_pin_of_a_dropped_cache_waits_for_fences() {
 }
 
 #[test]
+fn a_trim_under_way_holds_up_the_pins_of_a_dropped_cache_though_a_wait_failed() {
+    let (watch, cache) = rig::cache_of(&rig::shape(), |builder| builder);
+    let slots = [request(&cache, 40), request(&cache, 40)];
+    let pins = slots.map(|slot| cache.pin(slot).unwrap());
+    watch.hold(ONE);
+    for slot in slots {
+        cache.retire(slot, IDLE).unwrap();
+        watch.used_by(&cache, slot.index(), ONE);
+    }
+    cache.trim(Bytes::ZERO, &[Fence::Stream(ONE)]).unwrap();
+    watch.checked.fail_call_of(Verb::WaitEvent, 1, ErrorKind::Driver);
+    drop(cache);
+    assert_eq!(watch.checked.injected(), 1);
+    let late = watch.clone();
+    watch.checked.on_call(Box::new(move |verb| {
+        if verb == Verb::WaitEvent {
+            late.fire(ONE);
+        }
+    }));
+    drop(pins);
+    assert_eq!(watch.checked.live(), Live::default());
+    assert_eq!(watch.violations(), Vec::<String>::new());
+}
+
+#[test]
 fn what_is_given_up_goes_at_once_where_that_is_the_option() {
     for background in [Background::Off, Background::Thread] {
         let shape = Shape { background, ..shape() };
@@ -325,6 +350,38 @@ fn what_is_given_up_goes_at_once_where_that_is_the_option() {
         }
         cache.report().unwrap();
     }
+}
+
+#[test]
+fn what_a_pin_gives_up_while_its_slot_is_busy_goes_at_once_as_well() {
+    let eager = || rig::cache_of(&shape(), |builder| builder.reclaim(Reclaim::Eager));
+    let drop_at = |watch: &Watch, verb, pin| {
+        let (pin, late) = (parking_lot::Mutex::new(Some(pin)), watch.clone());
+        watch.checked.on_call(Box::new(move |called| {
+            if called == verb {
+                pin.lock().take();
+                late.fire(ONE);
+            }
+        }));
+    };
+    let (watch, cache) = eager();
+    let (still, grows) = (request(&cache, 20), request(&cache, 20));
+    step(&cache, still, 80).unwrap();
+    drop_at(&watch, Verb::Create, cache.pin(still).unwrap());
+    cache.truncate(still, tokens(10), IDLE).unwrap();
+    cache.step(&[SlotTokens::new(still, tokens(30)), SlotTokens::new(grows, tokens(300))]).unwrap();
+    let report = cache.report().unwrap();
+    let told = report.slots.iter().find(|slot| slot.index == still.index()).unwrap();
+    assert_eq!((told.backed, report.snapshot.pins), (told.mapped, 0), "{told:?}");
+
+    let (watch, cache) = eager();
+    let slot = request(&cache, 80);
+    drop_at(&watch, Verb::WaitEvent, cache.pin(slot).unwrap());
+    watch.hold(ONE);
+    cache.retire(slot, &[Fence::Stream(ONE)]).unwrap();
+    let next = cache.acquire(tokens(80), None).unwrap();
+    assert_eq!((next.index(), cache.snapshot().pins), (slot.index(), 0));
+    assert_eq!((cache.bytes().mapped, cache.bytes().parked), (Bytes::ZERO, Bytes::ZERO));
 }
 
 /// Every call of the driver that dropping a pin, or a cache under pins, comes to is refused once.
@@ -384,4 +441,26 @@ fn a_driver_that_refuses_loses_nothing_but_what_it_keeps() {
         }
     }
     assert!(injected > 8, "{injected} calls were refused");
+}
+
+#[test]
+fn a_driver_that_panics_fails_the_cache_and_not_whoever_drops_a_pin() {
+    for is_closed in [false, true] {
+        let (watch, cache) = rig::cache_of(&shape(), |builder| builder.reclaim(Reclaim::Eager));
+        let slots = [request(&cache, 40), request(&cache, 40)];
+        let [first, second] = slots.map(|slot| cache.pin(slot).unwrap());
+        slots.iter().for_each(|slot| cache.retire(*slot, IDLE).unwrap());
+        let cache = (!is_closed).then_some(cache);
+        watch.checked.on_call(Box::new(|verb| assert!(verb != Verb::Unmap, "a defect of the driver")));
+        drop(first);
+        watch.checked.clear_on_call();
+        if let Some(cache) = &cache {
+            assert_eq!(cache.health(), Health::Failed);
+            let error = cache.trim(Bytes::ZERO, IDLE).unwrap_err();
+            assert!(error.report().contains("dropping a pin panicked: a defect"), "{}", error.report());
+        }
+        let calls = watch.checked.calls().total();
+        drop(second);
+        assert_eq!(watch.checked.calls().total() > calls, is_closed, "the last pin ends the cache, no other");
+    }
 }

@@ -197,7 +197,9 @@ impl Buffer {
             let result = state.extents.give_up(&self.whole(&span), &state.committed);
             let Err(Refused { error, lost }) = result else { return Ok(()) };
             removed.iter().for_each(|span| state.committed.insert(span));
-            lost.iter().for_each(|span| drop(state.committed.remove(span)));
+            // What an earlier commit left behind was nobody's to lose.
+            let was_committed = |span: &Span| !state.committed.remove(span).is_empty();
+            let lost: Vec<_> = lost.into_iter().filter(was_committed).collect();
             Err(refused(&span, &lost, error))
         })
     }

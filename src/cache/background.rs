@@ -64,6 +64,11 @@ impl Goals {
     }
 
     /// What trims and reclaims that were not done yet wait for.
+    pub(super) fn fences(&self) -> Vec<slot::Fence> {
+        self.fences.clone()
+    }
+
+    /// The same, of a cache that ends.
     pub(super) fn take_fences(&mut self) -> Vec<slot::Fence> {
         std::mem::take(&mut self.fences)
     }

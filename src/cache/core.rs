@@ -239,8 +239,7 @@ impl Core {
         result
     }
 
-    /// Notes that a caller's call panicked.
-    #[cfg(not(loom))]
+    /// Notes that a call panicked.
     pub(super) fn fail(&self, why: &str) {
         if self.failure.set(why.to_owned()).is_ok() {
             tracing::error!(why, "a call panicked: the cache has failed");

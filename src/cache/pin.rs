@@ -7,8 +7,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::cache::Health;
 use crate::cache::core::Core;
 use crate::error::Result;
+use crate::mapper;
 use crate::stats::Counters;
 use crate::sync::atomic::Ordering;
 use crate::units::{Bytes, Device, DeviceAddr, Granules, SlotId, TokenCount};
@@ -109,7 +111,10 @@ impl Drop for Pin {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        self.core.unpin(self.slot, self.tokens);
+        // Whoever drops it may be no caller of this library's, and takes no panic of a driver's.
+        if let Err(words) = mapper::catch(|| self.core.unpin(self.slot, self.tokens)) {
+            self.core.fail(&format!("dropping a pin panicked: {words}"));
+        }
     }
 }
 
@@ -138,6 +143,9 @@ impl Core {
     fn unpin(&self, slot: u32, tokens: TokenCount) {
         let spare = self.table.lock().unpin(slot, tokens);
         let Some(id) = spare else { return };
+        if self.health() == Health::Failed {
+            return;
+        }
         if self.closed.load(Ordering::Relaxed) {
             return self.give_back_unpinned();
         }
@@ -147,6 +155,12 @@ impl Core {
         {
             waker.wake();
         }
+    }
+
+    /// Lets go of what pins gave up while the caller kept their slots busy. He holds no lock any more.
+    pub(super) fn let_go_unpinned(&self) {
+        let slots = self.table.lock().take_unpinned();
+        slots.into_iter().for_each(|slot| self.let_go(slot));
     }
 
     /// The cache is dropped, and nobody works in its background any more. What no pin keeps is given back.
@@ -166,8 +180,9 @@ impl Core {
     }
 
     fn give_back_unpinned(&self) {
-        let fences = self.goals.lock().take_fences();
         let _moves = self.moves.lock();
+        // They stay: of several who give memory back each waits for them, and again where a wait failed.
+        let fences = self.goals.lock().fences();
         if let Err(error) = self.give_up_memory(fences, |planner| planner.shrink(usize::MAX), Granules::ZERO)
         {
             tracing::error!(

@@ -44,7 +44,11 @@ impl Core {
             self.counters.steps.bump();
             return Ok(());
         }
-        self.noted(self.check_health().and_then(|()| self.step_beyond(entries)))
+        self.noted(self.check_health().and_then(|()| {
+            let result = self.step_beyond(entries);
+            self.let_go_unpinned();
+            result
+        }))
     }
 
     /// A step in which some slot needs more than it has used so far.

@@ -170,7 +170,8 @@ pub unsafe extern "C" fn vattn_pin_describe(pin: *const vattn_pin, out: *mut vat
 ///
 /// Whether there is memory behind the array is not asked: what was not stepped to has none.
 ///
-/// Fails with `VATTN_INVALID_ARGUMENT` for an array that reaches beyond what is reserved.
+/// Fails with `VATTN_INVALID_ARGUMENT` for an array that reaches beyond what is reserved, numbers that make no
+/// array (`data` is a multiple of an element's bytes), and a version that is neither.
 ///
 /// # Safety
 /// - `array` is NULL, or can be read, with `ndim` values at `shape` and, unless it is NULL, at `strides`;

@@ -181,7 +181,7 @@ fn work(state: &Monitor<State>, mut turn: impl FnMut() -> Turn) {
 }
 
 /// The words of a panic, if there was one.
-fn catch(run: impl FnOnce()) -> Result<(), String> {
+pub(crate) fn catch(run: impl FnOnce()) -> Result<(), String> {
     // Loom ends a model that fails by a panic of its own.
     #[cfg(loom)]
     {

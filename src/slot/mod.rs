@@ -182,6 +182,8 @@ pub(crate) struct SlotTable {
     active: u64,
     /// Fences that nobody needs any more, to be destroyed where no lock is held.
     trash: Vec<Fence>,
+    /// Slots of which a pin was given up while they were busy, and which are not any more.
+    unpinned: Vec<SlotId>,
     spare: Option<u32>,
     counters: Arc<Counters>,
 }
@@ -290,6 +292,7 @@ impl SlotTable {
             pinned: Granules::ZERO,
             active: 0,
             trash: Vec::new(),
+            unpinned: Vec::new(),
             spare,
             layout,
             counters,
@@ -501,6 +504,7 @@ impl SlotTable {
             self.renew_age(slot);
             self.restore_needed(slot);
             self.revive();
+            self.unpinned.push(SlotId::new(slot, self.cache, self.generation(slot)));
         }
     }
 

@@ -56,6 +56,11 @@ impl SlotTable {
         Some(SlotId::new(slot, self.cache, self.generation(slot)))
     }
 
+    /// The slots that may have more memory to spare, as pins of theirs were given up while they were busy.
+    pub(crate) fn take_unpinned(&mut self) -> Vec<SlotId> {
+        std::mem::take(&mut self.unpinned)
+    }
+
     /// Up to which token the slot's pins reach.
     pub(super) fn pinned_to(&self, slot: u32) -> TokenCount {
         self.records[index(slot)].pins.last_key_value().map_or(TokenCount::ZERO, |(tokens, _)| *tokens)
