@@ -52,19 +52,6 @@ def test_a_slot_is_what_was_written_there(driver: vattn.Driver, dtype: str, layo
         del keys, values
 
 
-@pytest.mark.parametrize(("layout", "order"), LAYOUTS)
-def test_blocks_have_all_layers_where_they_are(driver: vattn.Driver, layout: Any, order: Any) -> None:
-    with open_cache(driver, layout=layout, kv_order=order) as cache:
-        for at, part in enumerate(("key", "value")):
-            blocks = vt.layer_blocks(cache, part)
-            assert len(blocks) == {"sliced": 1, "per_layer": 3, 2: 2}[layout]
-            layers = [layer for block in blocks for layer in block.unbind(0)]
-            for number, layer in enumerate(layers):
-                raw = vt.kv(cache, number)[at].permute(0, 2, 1, 3)
-                assert (layer.data_ptr(), layer.shape, layer.stride()) == (raw.data_ptr(), raw.shape, raw.stride())
-        del blocks, layers, layer, raw
-
-
 def test_pages_of_the_identity_table_are_the_slots_tokens(driver: vattn.Driver) -> None:
     with open_cache(driver, page_tokens=16) as cache:
         slots = [cache.acquire() for _ in range(4)]

@@ -171,9 +171,13 @@ def test_assisted_decoding_crops(kind: str, driver: vattn.Driver) -> None:
     for parameter in assistant.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.02 * parameter.data.std())
     inputs = prompt(rows=1)
+    try:
+        theirs = generate(model, own(model), inputs, assistant_model=assistant, do_sample=False)
+    except RuntimeError as error:
+        # 5.17 crops an assistant's window too far.
+        pytest.skip(f"SKIP: transformers {transformers.__version__} fails with its own cache: {error}")
     with VattnCache(model, driver=driver) as cache:
         ours = generate(model, cache, inputs, assistant_model=assistant, do_sample=False)
-        theirs = generate(model, own(model), inputs, assistant_model=assistant, do_sample=False)
         same(ours, theirs)
         assert torch.equal(ours.sequences, generate(model, own(model), inputs).sequences)
 

@@ -1,11 +1,15 @@
 """Layers that keep tokens of one shape at one place, and grow together.
 
-Owns one `KvCache`, in which batch row i is slot i, and the tensors over it as the layers see them: which
-tokens a forward pass writes, which it sees, and which a sliding window may forget. Knows nothing of
-transformers.
+Owns one `KvCache`, in which slot i is the group's layer i and a token is that of all rows side by side, and the
+tensors over it as the layers see them: which tokens a forward pass writes, which it sees, and which a sliding
+window may forget. Knows nothing of transformers.
 
     forgotten │ kept, seen by nobody │ window - 1 │ new │ backed, ahead │ addresses
               └──────── held ─────────────────────┴─────┘
+
+The rows of a batch grow in step, so a layer's tokens need no gaps between the rows: what a pass writes lies
+together, a layer's strides stay far below 2^31, beyond which PyTorch takes an array apart and launches a kernel for
+each row, and the waste at the end is a layer's, not a row's.
 """
 
 from __future__ import annotations
@@ -16,25 +20,33 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
-from vattn import Batch, Geometry, KvCache, Layers, OutOfDeviceMemory
-from vattn.torch import DTYPE_NAMES, fences, layer_blocks
+from vattn import (
+    Batch,
+    Geometry,
+    KvCache,
+    Layers,
+    OutOfAddressSpace,
+    OutOfBudget,
+    OutOfDeviceMemory,
+    OutOfMappings,
+)
+from vattn.torch import DTYPE_NAMES, fences, tensor
 
 #: Bytes that moving rows takes beside the cache, at most.
 SCRATCH = 64 << 20
 #: With how many tokens to go the memory of the next ones is mapped, in the background.
 AHEAD = 16
-#: What is mapped ahead is a share of what a row holds, so that mappings become fewer and waste stays small;
-AHEAD_DIVISOR = 64
+#: What is mapped ahead is a share of what a layer holds, so that mappings become fewer and waste stays small;
+AHEAD_DIVISOR = 128
 #: and so many tokens at least.
-AHEAD_LEAST = 32
+AHEAD_LEAST = 16
 #: A window is moved to the front once a share of it has been forgotten, so that a token is moved so often.
 MOVES = 4
 
-Blocks: TypeAlias = "list[torch.Tensor]"
 Views: TypeAlias = "Sequence[torch.Tensor]"
 Turn: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]"
 
@@ -51,12 +63,15 @@ class Shape:
     device: torch.device
     window: int | None = None
 
-    def geometry(self, layers: int) -> Geometry:
-        """A model of so many such layers."""
+    def geometry(self, rows: int) -> Geometry:
+        """What one layer keeps for a token of so many rows: the heads of all of them."""
         return Geometry(
-            [Layers(layers, kv_heads=self.heads, key_dim=self.key_dim, value_dim=self.value_dim)],
+            [Layers(1, kv_heads=rows * self.heads, key_dim=self.key_dim, value_dim=self.value_dim)],
             dtype=DTYPE_NAMES[self.dtype],
         )
+
+
+Open = Callable[[Shape, int, int], KvCache]
 
 
 Open = Callable[[Shape, int, int], KvCache]
@@ -73,11 +88,11 @@ class LayerGroup:
         self.open_cache = open_cache
         #: Which of the model's layers have a place, in order: for whoever gives them out.
         self.plan: list[int] = []
-        self.rows = self.held = self.backed = self.ahead = 0
+        self.held = self.backed = self.ahead = 0
         #: Tokens seen before and after the forward pass that goes on.
         self.before = self.after = 0
-        #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing
-        #: was there before.
+        #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing was
+        #: there before.
         self.turn: list[Turn] = []
         #: The shapes of keys and of values that each layer brings to it.
         self.keys_taken = self.values_taken = (0, 0, 0, 0)
@@ -90,14 +105,24 @@ class LayerGroup:
 
     def _open(self, rows: int) -> None:
         sweep()
-        self.slots = max(8, 1 << (rows - 1).bit_length())
-        self.cache = self.open_cache(self.shape, self.layers, self.slots)
+        #: Whether it has no cache, because it gave one up and got no other.
+        self.ended = True
+        #: For how many rows a token has room.
+        self.room = rows
+        self.cache = self.open_cache(self.shape, self.layers, rows)
         self.most = self.cache.layout.max_tokens
         self.budget = self.cache.bytes().budget
-        self.ids = sorted((self.cache.acquire() for _ in range(self.slots)), key=lambda slot: slot.index)
-        # [layer, slot, head, token, dim], a few tensors where the layout has several.
-        self.all_keys = layer_blocks(self.cache, "key")
-        self.all_values = layer_blocks(self.cache, "value")
+        #: The layers' slots, by their indices in the cache's tensors.
+        self.slots = sorted((self.cache.acquire() for _ in range(self.layers)), key=lambda slot: slot.index)
+        self.batch = Batch(self.slots)
+        # [slot, row, head, token, dim]
+        self.all_keys = self._by_row("key")
+        self.all_values = self._by_row("value")
+        self.ended = False
+
+    def _by_row(self, part: Literal["key", "value"]) -> torch.Tensor:
+        whole = tensor(self.cache.raw(0, part))
+        return whole.unflatten(2, (self.room, self.shape.heads)).permute(0, 2, 3, 1, 4)
 
     # ---- a forward pass ----
 
@@ -129,8 +154,8 @@ class LayerGroup:
         self.held = tokens
 
     def _back(self, tokens: int) -> None:
-        batch, rows = self.batch, self.rows
-        batch.tokens[:] = array("Q", (tokens,)) * rows
+        batch = self.batch
+        batch.tokens[:] = array("Q", (tokens,)) * self.layers
         try:
             self.cache.step(batch)
         except OutOfDeviceMemory:
@@ -143,12 +168,16 @@ class LayerGroup:
         if tokens + AHEAD > self.ahead and self.ahead < self.most:
             part = max(AHEAD_LEAST, tokens // AHEAD_DIVISOR)
             self.ahead = min(-(-(tokens + AHEAD) // part) * part, self.most)
-            batch.tokens[:] = array("Q", (self.ahead,)) * rows
+            batch.tokens[:] = array("Q", (self.ahead,)) * self.layers
             self.cache.prefetch(batch)
 
     def window(self, start: int, tokens: int) -> tuple[Views, Views]:
         """Keys and values of tokens from `start`, `[row, head, token, dim]` for each layer."""
-        return _spread(self.keys, start, tokens), _spread(self.values, start, tokens)
+        return self._spread(self.keys, start, tokens), self._spread(self.values, start, tokens)
+
+    def _spread(self, tensors: torch.Tensor, start: int, tokens: int) -> Views:
+        views = tensors.narrow(3, start, tokens).unbind(0)
+        return views if len(views) == self.layers else [views[slot.index] for slot in self.slots]
 
     # ---- taking tokens away ----
 
@@ -174,7 +203,7 @@ class LayerGroup:
         self.turn = []
         if tokens < self.backed:
             done = fences(self.shape.device)
-            for slot in self.ids[: self.rows]:
+            for slot in self.slots:
                 self.cache.truncate(slot, tokens, *done)
             self.backed, self.ahead = tokens, 0
 
@@ -184,11 +213,11 @@ class LayerGroup:
         step = max(AHEAD_LEAST, reach // MOVES)
         if gone < step:
             return
-        for blocks in (self.keys, self.values):
-            for block in blocks:
+        for views in self.window(0, self.held):
+            for view in views:
                 for at in range(0, reach, gone):
                     count = min(gone, reach - at)
-                    block.narrow(3, at, count).copy_(block.narrow(3, at + gone, count))
+                    view.narrow(2, at, count).copy_(view.narrow(2, at + gone, count))
         if self.backed > 2 * (reach + step):
             # A long prompt came in parts: more than will ever be needed again.
             self.shrink(reach)
@@ -200,41 +229,44 @@ class LayerGroup:
         self.cache.set_budget(budget)
         self.budget = budget
 
-    # ---- rows ----
+    def needed(self) -> int:
+        """Bytes that it takes at the least."""
+        return self.cache.bytes_for(self.held) * self.layers
+
+    # ---- layers and rows ----
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Gives up the layers at all other places."""
+        kept = [self.slots[place] for place in places]
+        done = fences(self.shape.device)
+        for slot in set(self.slots).difference(kept):
+            self.cache.retire(slot, *done)
+        self.cache.trim(0, *done)
+        self.slots, self.layers, self.turn, self.ahead = kept, len(kept), [], 0
+        self.batch = Batch(kept)
 
     def set_rows(self, rows: int) -> None:
-        """So many rows from now on, of those there are slots for. Rows that go lose their tokens, rows that
-        come have none."""
-        done = fences(self.shape.device)
-        for slot in self.ids[rows : self.rows]:
-            self.cache.truncate(slot, 0, *done)
-        self.rows, self.ahead = rows, 0
-        self.batch = Batch(self.ids[:rows])
-        self.keys: Blocks = [block[:, :rows] for block in self.all_keys]
-        self.values: Blocks = [block[:, :rows] for block in self.all_values]
+        """So many rows from now on, of those there is room for. Rows that come hold anything."""
+        self.rows = rows
+        self.keys, self.values = self.all_keys[:, :rows], self.all_values[:, :rows]
 
     def restart(self, rows: int) -> None:
         """So many rows without a token."""
         self.clear()
-        if rows > self.slots:
+        if not self._suits(rows):
             self._end()
             self._open(rows)
-            self.rows = 0
         self.set_rows(rows)
+
+    def _suits(self, rows: int) -> bool:
+        """Whether there is room for so many rows, and less than twice of what they need."""
+        return rows <= self.room < 2 * rows
 
     def widen(self, rows: int) -> None:
         """Has so many rows at least, with memory for what each holds, or changes nothing."""
-        if rows > self.slots:
-            self.move(range(self.layers), rows)
-        if rows > self.rows:
-            old = self.rows
-            self.set_rows(rows)
-            try:
-                if self.backed:
-                    self._back(self.backed)
-            except BaseException:
-                self.set_rows(old)
-                raise
+        if rows > self.room:
+            self._move(rows)
+        self.set_rows(max(rows, self.rows))
 
     def rearrange(self, sources: Sequence[int]) -> None:
         """Row i becomes what row `sources[i]` was, in place; rows may go, and come after `widen`."""
@@ -242,55 +274,62 @@ class LayerGroup:
         moved = [(to, source) for to, source in enumerate(sources) if to != source]
         if moved and self.held:
             self._copy_rows([to for to, _ in moved], [source for _, source in moved])
-        if len(sources) < self.rows:
-            self.set_rows(len(sources))
+        self.set_rows(len(sources))
+        if not self._suits(self.rows):
+            try:
+                self._move(self.rows)
+            except (OutOfBudget, OutOfDeviceMemory, OutOfMappings, OutOfAddressSpace):
+                # It stays as wide as it was.
+                pass
 
     def _copy_rows(self, to: list[int], source: list[int]) -> None:
         device = self.shape.device
         into, outof = torch.tensor(to, device=device), torch.tensor(source, device=device)
-        for blocks in (self.keys, self.values):
-            for block in blocks:
-                token = block.shape[0] * block.shape[2] * block.shape[4] * block.element_size() * len(to)
+        for views in self.window(0, self.held):
+            for view in views:
+                token = view.shape[1] * view.shape[3] * view.element_size() * len(to)
                 step = max(1, SCRATCH // token)
                 for at in range(0, self.held, step):
-                    part = block.narrow(3, at, min(step, self.held - at)).permute(1, 3, 0, 2, 4)
+                    part = view.narrow(2, at, min(step, self.held - at))
                     part.index_copy_(0, into, part.index_select(0, outof))
 
     # ---- its life ----
 
-    def copy_of(self, kept: Sequence[int], rows: int, open_cache: Open) -> LayerGroup:
-        """A group of its own with the tokens of the kept layers, and slots for so many rows."""
-        new = LayerGroup(self.shape, len(kept), max(rows, self.rows), open_cache)
+    def copy_of(self, room: int, open_cache: Open) -> LayerGroup:
+        """A group of its own with the same tokens, and room for so many rows."""
+        new = LayerGroup(self.shape, self.layers, room, open_cache)
         try:
             new.set_rows(self.rows)
             new.grow(self.held)
         except BaseException:
             new.close()
             raise
-        new.before, new.after = self.before, self.after
+        new.plan = list(self.plan)
+        new.before, new.after, new.cropped = self.before, self.after, self.cropped
         if self.held:
             for outof, into in zip(self.window(0, self.held), new.window(0, self.held), strict=True):
-                for layer, place in zip(kept, into, strict=True):
-                    place.copy_(outof[layer])
+                for view, place in zip(outof, into, strict=True):
+                    place.copy_(view)
         return new
 
-    def move(self, kept: Sequence[int], rows: int) -> None:
-        """Moves into another cache, of the kept layers and with slots for so many rows."""
-        new = self.copy_of(kept, rows, self.open_cache)
+    def _move(self, room: int) -> None:
+        """Moves into another cache, with room for so many rows."""
+        new = self.copy_of(room, self.open_cache)
         self._end()
-        self.__dict__.update(new.__dict__, plan=self.plan, cropped=self.cropped)
+        self.__dict__.update(new.__dict__)
 
     def close(self) -> None:
         """Gives everything back once the device is done with it."""
-        if not self.cache.closed:
+        if not self.ended:
             self._end()
 
     def _end(self) -> None:
         done = fences(self.shape.device)
-        for slot in self.ids[: self.rows]:
+        for slot in self.slots:
             self.cache.retire(slot, *done)
-        self.turn = []
-        self.keys, self.values, self.all_keys, self.all_values = [], [], [], []
+        self.turn, self.backed, self.ahead = [], 0, 0
+        del self.keys, self.values, self.all_keys, self.all_values
+        self.ended = True
         _lingering.append(self.cache)
         sweep()
         if not self.cache.closed:
@@ -324,8 +363,3 @@ def sweep() -> None:
     finally:
         _lingering.extend(kept)
 
-
-def _spread(blocks: Blocks, start: int, tokens: int) -> Views:
-    if len(blocks) == 1:
-        return blocks[0].narrow(3, start, tokens).unbind(0)
-    return [view for block in blocks for view in block.narrow(3, start, tokens).unbind(0)]

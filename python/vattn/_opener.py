@@ -12,7 +12,7 @@ from vattn._call import size
 from vattn._layer_group import Shape
 from vattn.torch import driver_for
 
-#: Addresses that the rows of one group of layers may take, of the 64 TiB and more that a process has.
+#: Addresses that one group of layers may take, of the 64 TiB and more that a process has.
 ADDRESSES = 16 << 40
 #: Tokens for which a row has addresses at the least, whatever a model's configuration says.
 LEAST_TOKENS = 131_072
@@ -36,18 +36,18 @@ class Opener:
         self.max_tokens, self.driver, self.options = max_tokens, driver, options
         self.drivers: dict[torch.device, vattn.Driver] = {}
 
-    def __call__(self, shape: Shape, layers: int, slots: int) -> vattn.KvCache:
+    def __call__(self, shape: Shape, layers: int, rows: int) -> vattn.KvCache:
         """A cache for so many layers and rows."""
         if shape.device not in self.drivers:
             self.drivers[shape.device] = self._driver(shape.device)
         driver = self.drivers[shape.device]
         tokens = self.max_tokens
         if tokens is None:
-            row = layers * shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
-            tokens = max(min(max(self.positions, LEAST_TOKENS), ADDRESSES // (slots * row)), 1)
+            token = layers * rows * shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
+            tokens = max(min(max(self.positions, LEAST_TOKENS), ADDRESSES // token), 1)
         budget = driver.memory().total if self.budget is None else self.budget
         return vattn.KvCache(
-            shape.geometry(layers), driver, budget=budget, max_tokens=tokens, max_slots=slots, **self.options
+            shape.geometry(rows), driver, budget=budget, max_tokens=tokens, max_slots=layers, **self.options
         )
 
     def _driver(self, device: torch.device) -> vattn.Driver:

@@ -42,11 +42,7 @@ _BITS = {1: ("uint8", torch.uint8), 2: ("float16", torch.float16), 4: ("float32"
 
 def tensor(view: View) -> torch.Tensor:
     """A tensor over the memory of a view, of its shape, strides and type."""
-    return _over(view, view.shape, view.strides)
-
-
-def _over(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over what a view keeps. What DLPack may have no name for goes as bits of the same width."""
+    # What DLPack may have no name for goes as bits of the same width.
     name, bits = _BITS[view.element_bytes]
     # A tensor that is made in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
@@ -54,8 +50,8 @@ def _over(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch
             View(
                 view._pin,
                 data_ptr=view.data_ptr,
-                shape=shape,
-                strides=strides,
+                shape=view.shape,
+                strides=view.strides,
                 dtype=name,
                 element_bytes=view.element_bytes,
                 device=view.__dlpack_device__(),
@@ -97,28 +93,6 @@ def _once(cache: vattn.KvCache, kind: str, layer: int, part: Part) -> torch.Tens
         if not cache.closed:
             cache._made[kind, layer, part] = made
     return made
-
-
-def layer_blocks(cache: vattn.KvCache, part: Part) -> list[torch.Tensor]:
-    """All layers' keys or values, `[layer, slot, head, token, dim]`: one tensor where the layout is sliced,
-    else one for each tensor of the layout. Raw, as `kv` is."""
-    blocks: list[torch.Tensor] = []
-    views = [cache.raw(layer, part) for layer in range(cache.layout.layers)]
-    first = 0
-    while first < len(views):
-        view, last = views[first], first + 1
-        apart = views[last].data_ptr - view.data_ptr if last < len(views) else 0
-        # Layers of one tensor lie at equal distances, and within one token.
-        if 0 < apart < view.strides[1] * view.element_bytes:
-            while last < len(views) and views[last].data_ptr == view.data_ptr + apart * (last - first):
-                last += 1
-        slots, tokens, heads, width = view.shape
-        slot, token, head, one = view.strides
-        layer = apart // view.element_bytes if last - first > 1 else 0
-        shape, strides = (last - first, slots, heads, tokens, width), (layer, slot, head, token, one)
-        blocks.append(_over(view, shape, strides))
-        first = last
-    return blocks
 
 
 # ---- what kernels ask for ----

@@ -182,7 +182,6 @@ class VattnCache(cache_utils.Cache):
       `max_position_embeddings`, at least 131,072.
     - `driver`: a `vattn.Driver`, or a function from a `torch.device` to one. Default: CUDA's or the host's,
       by where the model's states are.
-    - `layout`, `kv_order`: how tensors lie, as for `vattn.KvCache`. Default: `"sliced"`, `"apart"`.
     - further options are `vattn.KvCache`'s.
 
     Memory is taken when tokens come, and stays with the cache for the next ones after `crop` and `reset`;
@@ -204,18 +203,16 @@ class VattnCache(cache_utils.Cache):
         budget: int | str | None = None,
         max_tokens: int | None = None,
         driver: DriverChoice = None,
-        layout: Any = "sliced",
-        kv_order: Any = "apart",
         **options: Any,
     ) -> None:
         config = getattr(model, "config", model)
         if not isinstance(config, transformers.PreTrainedConfig):
             raise TypeError(f"model is {model!r}; give a model of transformers, or its config")
         config = config.get_text_config(decoder=True)
-        # Nothing is kept at hand and growth is asked for by name: what is held stays close to what is needed.
-        defaults = {"slack_divisor": 64, "look_ahead": 0, "at_hand": 0}
-        options = {"layout": layout, "kv_order": kv_order, **defaults, **options}
-        self._opener = Opener(config, budget, max_tokens, driver, options)
+        # Nothing is kept at hand and growth is asked for by name: what is held stays close to what is needed. Keys
+        # beside values end in one granule, not in two.
+        defaults = {"kv_order": "interleaved", "slack_divisor": 64, "look_ahead": 0, "at_hand": 0}
+        self._opener = Opener(config, budget, max_tokens, driver, {**defaults, **options})
         self._hints = _hints(model, config)
         self._watch([])
         super().__init__(layers=_layers(self, config))
@@ -301,7 +298,7 @@ class VattnCache(cache_utils.Cache):
         try:
             group.restart(rows)
         except vattn.Error:
-            if not group.all_keys:
+            if group.ended:
                 # Without the cache that it had and without another: its layers find a place anew.
                 self.groups.remove(group)
                 for layer in self._own():
@@ -327,7 +324,7 @@ class VattnCache(cache_utils.Cache):
         them, or to all alike."""
         device = (needy or self.groups[0]).shape.device
         groups = [group for group in self.groups if group.shape.device == device]
-        needed = [group.cache.bytes_for(group.held) * group.rows for group in groups]
+        needed = [group.needed() for group in groups]
         rest = max((self._opener.budget or 0) - sum(needed), 0)
         wanted = [
             need + (rest // len(groups) if needy is None else rest if group is needy else 0)
@@ -387,7 +384,7 @@ class VattnCache(cache_utils.Cache):
         joined = [layer for layer in self._own() if layer.group is group]
         if len(joined) == len(group.plan) or not group.after:
             return
-        group.move([layer.at for layer in joined], group.rows)
+        group.keep([layer.at for layer in joined])
         group.plan = [layer.index for layer in joined]
         for at, layer in enumerate(joined):
             layer.at = at
@@ -516,8 +513,7 @@ class VattnCache(cache_utils.Cache):
         new._watch([])
         try:
             for group in self.groups:
-                new.groups.append(group.copy_of(range(group.layers), group.rows, group.open_cache))
-                new.groups[-1].plan = list(group.plan)
+                new.groups.append(group.copy_of(group.room, group.open_cache))
         except REFUSALS as error:
             _close_all(new.groups)
             raise explained(error, group.rows, group.after) from error

@@ -26,7 +26,8 @@ mkdir -p "$folder/bin" "$folder/traces" "$folder/include" "$folder/engine" "$fol
 cp tests/gpu/run.sh tests/gpu/*.py "$folder/"
 cp include/* "$folder/include/"
 cp examples/cpp/*.?pp examples/cpp/build_torch.sh "$folder/engine/"
-cp -r python/tests python/examples python/benches python/pyproject.toml "$folder/python/"
+cp -r python/tests python/examples python/benches python/pyproject.toml python/README.md "$folder/python/"
+cp README.md "$folder/"
 find "$folder/python" -name __pycache__ -prune -exec rm -r {} +
 
 log=$(mktemp)
