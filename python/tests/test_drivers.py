@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 
 import vattn
@@ -119,6 +120,7 @@ def test_what_can_not_be_is_refused(make: Any, kind: type[Exception], text: str)
         ({"commit": "extents"}, ValueError, "'on_demand', 'whole'"),
         ({"commit": [(3, 1)]}, vattn.InvalidArgument, "an extent of commit has 3 granules; use 1, 2"),
         ({"spare_slot": "yes"}, TypeError, "True or False"),
+        ({"spare_slot": numpy.array([1, 0])}, TypeError, "True or False"),
         ({"slots": 5}, TypeError, "slots is no option of a cache; there are budget, max_tokens"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import vattn
+from vattn import log
 
 
 def together(*works: Callable[[], Any]) -> None:
@@ -176,3 +178,18 @@ def test_levels_that_are_none_are_refused(level: Any, kind: type[Exception]) -> 
         vattn.set_logging(level)
     with pytest.raises(TypeError, match="logger is"):
         vattn.set_logging("info", "root")
+
+
+def test_a_flush_returns_though_logging_ends_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(queue.SimpleQueue[Any]):
+        def put(self, item: Any, *_: Any, **__: Any) -> None:
+            if isinstance(item, threading.Event):
+                vattn.set_logging(None)
+            super().put(item)
+
+    monkeypatch.setattr(log, "_queue", Late())
+    vattn.set_logging("debug")
+    flush = threading.Thread(target=vattn.flush_logging, daemon=True)
+    flush.start()
+    flush.join(timeout=10)
+    assert not flush.is_alive()

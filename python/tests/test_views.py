@@ -56,6 +56,13 @@ def test_a_view_covers_what_is_backed(cache: vattn.KvCache) -> None:
         cache.view(slot, 0)
 
 
+def test_a_view_is_of_a_slot(cache: vattn.KvCache) -> None:
+    for wrong in (None, 0, "slot"):
+        with pytest.raises(TypeError, match="is no slot; give what KvCache.acquire returned"):
+            cache.view(wrong, 0)  # type: ignore[arg-type]
+    assert cache.stats().pins == 0
+
+
 @pytest.mark.filterwarnings("ignore:a vattn.KvCache was closed while:ResourceWarning")
 @pytest.mark.parametrize("form", ["array", "memoryview", "dlpack", "dlpack of a view that went"])
 def test_what_was_made_from_a_view_outlives_slot_cache_and_driver(form: str, model: vattn.Geometry) -> None:

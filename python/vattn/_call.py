@@ -95,6 +95,7 @@ def in_python(text: str) -> str:
 
     text = text.replace("has been destroyed; create another, and keep its handle", "was closed; make another")
     text = re.sub(r"\b(config|options)->", "", text.replace("config->extents", "commit"))
+    text = text.replace("vattn_layout_plan", "plan")
     return re.sub(rf"\bvattn_({'|'.join(CLASSES)})(?:_(\w+))?\b", name, text)
 
 
@@ -154,7 +155,7 @@ def choice(name: str, value: Any, choices: dict[str, int]) -> int:
 
 def flag(name: str, value: Any) -> int:
     """A truth, as C takes it."""
-    if value not in (True, False):
+    if getattr(value, "ndim", 0) or value not in (True, False):
         raise TypeError(f"{name} is {value!r}; it has to be True or False")
     return int(value)
 

@@ -348,7 +348,7 @@ class KvCache(Owned):
         another request may write there. On a device, kernels over it have to be done when the last of these
         goes, unless a later fence covers them. A slot of no tokens has an empty view.
         """
-        out, pin = self._struct(lib.vattn_cache_view, layer, part), self._pin(slot)
+        out, pin = self._struct(lib.vattn_cache_view, layer, part), self._pin(_slot(slot))
         info = sized("vattn_pin_info")
         check(lib.vattn_pin_describe(pin, info))
         shape, strides, first = tuple(out.shape), tuple(out.strides), slot.index * out.strides[0]
@@ -363,17 +363,17 @@ class KvCache(Owned):
 
     def _view(self, ask: Any, layer: int, part: Part) -> View:
         out = self._struct(ask, layer, part)
-        return self._array(out, self._pin(None), tuple(out.shape), tuple(out.strides), 0)
+        return self._array(out, self._pin(ffi.NULL), tuple(out.shape), tuple(out.strides), 0)
 
     def _struct(self, ask: Any, layer: int, part: Part) -> Any:
         out = ffi.new("vattn_view *")
         check(ask(self._handle, number("layer", layer, U32), choice("part", part, PARTS), out))
         return out
 
-    def _pin(self, slot: Slot | None) -> Any:
-        """What keeps the memory of a slot, or the addresses alone."""
+    def _pin(self, slot: Any) -> Any:
+        """What keeps the memory of a slot in C's form, or, of NULL, the addresses alone."""
         out = ffi.new("vattn_pin **")
-        which = ffi.NULL if slot is None else ffi.new("vattn_slot *", _slot(slot))
+        which = slot if slot == ffi.NULL else ffi.new("vattn_slot *", slot)
         check(lib.vattn_pin_create(self._handle, which, out))
         return keep(out[0], lib.vattn_pin_destroy)
 

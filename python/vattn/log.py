@@ -87,10 +87,13 @@ def set_logging(level: int | str | None, logger: logging.Logger | None = None) -
 
 def flush_logging() -> None:
     """Waits until all that was logged so far has been handed on."""
-    if _thread is not None and _thread.is_alive() and threading.current_thread() is not _thread:
+    thread = _thread
+    if thread is not None and thread.is_alive() and threading.current_thread() is not thread:
         done = threading.Event()
         _queue.put(done)
-        done.wait()
+        # Another thread may end logging meanwhile, and then nobody gets to it.
+        while thread.is_alive() and not done.wait(0.1):
+            pass
 
 
 def _number(level: int | str | None) -> int | None:
