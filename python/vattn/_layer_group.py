@@ -74,7 +74,6 @@ class Shape:
 Open: TypeAlias = Callable[[Shape, int, int], KvCache]
 
 
-Open: TypeAlias = Callable[[Shape, int, int], KvCache]
 
 
 class LayerGroup:
