@@ -74,8 +74,6 @@ class Shape:
 Open: TypeAlias = Callable[[Shape, int, int], KvCache]
 
 
-
-
 class LayerGroup:
     """`layers` layers of one shape: `rows` rows, of which each holds `held` tokens."""
 
