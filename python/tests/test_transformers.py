@@ -581,3 +581,17 @@ def test_a_compiled_model_steps_around_it(driver: vattn.Driver) -> None:
 
     with pytest.raises(Exception, match="asks a driver for memory"), torch.no_grad():
         whole()
+
+
+def test_keys_and_values_of_a_token_are_one_write_where_they_are_of_one_width(driver: vattn.Driver) -> None:
+    for kind, widths in (("Llama", True), ("DeepseekV3", False)):
+        model = make(kind)
+        with VattnCache(model, driver=driver) as cache:
+            generate(model, cache, prompt(rows=2), max_new_tokens=3)
+            group = cache.groups[0]
+            assert (group.both is not None) is widths
+            if widths:
+                keys, values = group.window(0, group.held)
+                both = group.both[0, :, :, : group.held]
+                assert torch.equal(both, torch.cat((keys[0], values[0])))
+                del keys, values, both

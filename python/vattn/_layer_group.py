@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -35,6 +35,7 @@ from vattn import (
     OutOfMappings,
 )
 from vattn.torch import DTYPE_NAMES, fences, tensor
+from vattn.views import View
 
 #: Bytes that moving rows takes beside the cache, at most.
 SCRATCH = 64 << 20
@@ -48,7 +49,7 @@ AHEAD_LEAST = 16
 MOVES = 4
 
 Views: TypeAlias = "Sequence[torch.Tensor]"
-Turn: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]"
+Turn: TypeAlias = "tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class LayerGroup:
         #: Tokens seen before and after the forward pass that goes on.
         self.before = self.after = 0
         #: For each layer where the pass writes keys and values, and what of both it sees: None where nothing was
-        #: there before.
+        #: there before. Where one write takes both, it is the first, and the second None.
         self.turn: list[Turn] = []
         #: The shapes of keys and of values that each layer brings to it.
         self.keys_taken = self.values_taken = (0, 0, 0, 0)
@@ -112,14 +113,34 @@ class LayerGroup:
         #: The layers' slots, by their indices in the cache's tensors.
         self.slots = sorted((self.cache.acquire() for _ in range(self.layers)), key=lambda slot: slot.index)
         self.batch = Batch(self.slots)
+        keys, values = self.cache.raw(0, "key"), self.cache.raw(0, "value")
+        both = self._keys_before_values(keys, values)
         # [slot, row, head, token, dim]
-        self.all_keys = self._by_row("key")
-        self.all_values = self._by_row("value")
+        self.all_keys = self._by_row(keys, rows)
+        self.all_values = self._by_row(values, rows)
+        # The rows' keys, then their values.
+        self.all_both = None if both is None else self._by_row(both, 2 * rows)
         self.ended = False
 
-    def _by_row(self, part: Literal["key", "value"]) -> torch.Tensor:
-        whole = tensor(self.cache.raw(0, part))
-        return whole.unflatten(2, (self.room, self.shape.heads)).permute(0, 2, 3, 1, 4)
+    def _by_row(self, view: View, rows: int) -> torch.Tensor:
+        return tensor(view).unflatten(2, (rows, self.shape.heads)).permute(0, 2, 3, 1, 4)
+
+    def _keys_before_values(self, keys: View, values: View) -> View | None:
+        """Both as one, keys of all rows and then values of all rows, where they lie so and are of one width."""
+        slots, tokens, heads, width = keys.shape
+        behind = keys.data_ptr + heads * width * keys.element_bytes
+        if keys.strides != values.strides or values.data_ptr != behind:
+            return None
+        return View(
+            keys._pin,
+            data_ptr=keys.data_ptr,
+            shape=(slots, tokens, 2 * heads, width),
+            strides=keys.strides,
+            dtype=keys.dtype,
+            element_bytes=keys.element_bytes,
+            device=keys.__dlpack_device__(),
+            touchable=keys._touchable,
+        )
 
     # ---- a forward pass ----
 
@@ -142,7 +163,13 @@ class LayerGroup:
         if held:
             past = held if reach is None else min(held, reach)
             seen = self.window(held - past, past + count)
-        self.turn = list(zip(*self.window(held, kept), *seen, strict=False))
+        into: tuple[Views, Iterable[torch.Tensor | None]]
+        if count == kept == 1 and self.both is not None:
+            # A launch less for each layer and token.
+            into = self._spread(self.both, held, 1), repeat(None)
+        else:
+            into = self.window(held, kept)
+        self.turn = list(zip(*into, *seen, strict=False))
 
     def grow(self, tokens: int) -> None:
         """Every row holds that many tokens, with memory for all of them, or nothing is changed."""
@@ -246,6 +273,7 @@ class LayerGroup:
         """So many rows from now on, of those there is room for. Rows that come hold anything."""
         self.rows = rows
         self.keys, self.values = self.all_keys[:, :rows], self.all_values[:, :rows]
+        self.both = self.all_both if rows == self.room else None
 
     def restart(self, rows: int) -> None:
         """So many rows without a token."""
@@ -325,7 +353,7 @@ class LayerGroup:
         for slot in self.slots:
             self.cache.retire(slot, *done)
         self.turn, self.backed, self.ahead = [], 0, 0
-        del self.keys, self.values, self.all_keys, self.all_values
+        del self.keys, self.values, self.both, self.all_keys, self.all_values, self.all_both
         self.ended = True
         _lingering.append(self.cache)
         sweep()

@@ -256,7 +256,9 @@ class VattnCache(cache_utils.Cache):
                 f"layer {layer_idx} came with keys {list(key_states.shape)} and values {list(value_states.shape)}, and "
                 f"its forward pass has {list(group.keys_taken)} and {list(group.values_taken)}"
             )
-        if group.skipped:
+        if into_values is None:
+            torch.cat((key_states, value_states), out=into_keys)
+        elif group.skipped:
             into_keys.copy_(key_states[:, :, group.skipped :])
             into_values.copy_(value_states[:, :, group.skipped :])
         else:
