@@ -147,6 +147,31 @@
  * another vattn_cache_acquire_on has that stream wait. A fence on a stream that is being captured is refused
  * with VATTN_CAPTURING_STREAM.
  *
+ * PINS AND DLPACK
+ *
+ * An array of another library over a slot's keys or values, a PyTorch tensor for example, may outlive the
+ * request. A pin keeps its memory mapped where it is until the pin is destroyed: through retire, truncate,
+ * reclaim, trim, a smaller budget, adoption by another request, and the end of the cache.
+ *
+ *     vattn_pin *pin;
+ *     vattn_pin_create(cache, &slot, &pin);             // what backs the slot's tokens now
+ *
+ *     int64_t shape[3] = { tokens, keys.shape[2], keys.shape[3] };
+ *     vattn_array array = { .struct_size = sizeof array, .data = where, .dtype = keys.dtype,
+ *                           .ndim = 3, .shape = shape, .strides = keys.strides + 1 };
+ *     void *tensor;                                     // a DLManagedTensorVersioned
+ *     vattn_pin_dlpack(pin, &array, 1, &tensor);        // a pin of its own, given up by its deleter
+ *     vattn_pin_destroy(pin);
+ *
+ * What a pin keeps is memory and addresses, not contents: whoever has the slot, or is given it next, writes
+ * there. Pinned memory counts as mapped and against the budget, and vattn_cache_fits and vattn_cache_admits do
+ * not take it for free; vattn_stats has the number of pins, vattn_bytes what they keep. A pin with no slot keeps
+ * the addresses alone. A pin has no fence: it is given up once the device is done with the memory, or before the
+ * slot is retired with a fence that covers what was launched.
+ *
+ * A tensor's deleter may be called on any thread at any time, inside a log callback too. In a child after fork
+ * it does nothing.
+ *
  * WHICH KERNEL NEEDS WHICH TILE
  *
  * What lies past a slot's tokens is not backed, and a kernel that reads there faults. Most do not: PyTorch's
@@ -155,6 +180,24 @@
  * whole tiles. For it, tile_tokens rounds up what a step backs: vattn_geometry_tile_tokens knows by how much,
  * for "fa3-decode", "fa3-causal", "fa3-window", "fa3-view", "torch-varlen", "sdpa-view" and "flashinfer".
  * What each was measured with is in docs/kernels.md.
+ *
+ * BUFFERS
+ *
+ * A vattn_buffer is what a cache is built on, without the cache: a range of addresses that never move, of
+ * which any part can be backed. For a tensor that grows in place, or for a pool of the program's own.
+ *
+ *     vattn_buffer_options options = { .struct_size = sizeof options, .size = (uint64_t)1 << 40 };
+ *     vattn_buffer_create(&options, driver, &buffer);            // addresses, and no memory
+ *     vattn_buffer_commit(buffer, offset, size);                 // every byte of it can be touched now
+ *     vattn_buffer_decommit(buffer, offset, size, &fence, 1);    // and now it need not be any more
+ *
+ * Ranges are any bytes: of two rows that share a granule one can go without the other. Memory is allocated in
+ * extents, each the largest that fits into what of a commit is not backed yet, up to largest_extent, and is
+ * given back by whole extents of which no byte is committed. On an H200 a commit costs about 45 µs an extent,
+ * however large: 1.4 ms a GiB with the default of 32 MiB, and nothing where all of it is committed already.
+ *
+ * vattn_pin_create_buffer pins a buffer, for an array over it that may outlive it. Decommitting under a pin
+ * works: such an array has parts that are not there, and its owner knows which.
  *
  * WHEN A CALL FAILS
  *
@@ -171,10 +214,12 @@
  * vattn_cache_health tells whether a cache can be trusted:
  *
  *     call                                          healthy   degraded   failed
- *     step, acquire, truncate, prefetch             yes       yes        no
+ *     step, acquire, truncate, prefetch,            yes       yes        no
+ *     pins of a slot
  *     retire, reclaim, trim, set_budget,            yes       yes        no
  *     tend, flush
- *     fits, admits, views, layout, statistics       yes       yes        yes
+ *     fits, admits, views, layout, statistics,      yes       yes        yes
+ *     pins of addresses
  *     destroy                                       yes       yes        yes
  *
  * THREADS AND FORK
@@ -572,6 +617,10 @@ typedef int32_t vattn_health;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+/// A range of addresses of which a part is backed: see "Buffers" above. Any thread may call any function on
+/// it at any time.
+typedef struct vattn_buffer vattn_buffer;
+
 /// A KV cache. Any thread may call any function on it at any time.
 typedef struct vattn_cache vattn_cache;
 
@@ -581,6 +630,9 @@ typedef struct vattn_driver vattn_driver;
 
 /// What a model (one rank's part of it) keeps for each token: its layers in model order. Never changes.
 typedef struct vattn_geometry vattn_geometry;
+
+/// What keeps memory mapped at its addresses, and addresses reserved.
+typedef struct vattn_pin vattn_pin;
 
 /// The last call of this thread that failed: what a program may branch on.
 typedef struct {
@@ -876,6 +928,34 @@ typedef struct {
     void *handle;
 } vattn_fence;
 
+/// What a pin keeps.
+typedef struct {
+    /// `sizeof(vattn_pin_info)`, set by the caller.
+    size_t struct_size;
+    /// Tokens that it keeps backed: those of the slot when it was pinned, and what `tile_tokens` adds.
+    uint64_t tokens;
+    /// Bytes of physical memory that it keeps in place. Other pins may keep the same. Of a buffer, what it
+    /// holds now.
+    uint64_t bytes;
+} vattn_pin_info;
+
+/// An array in memory.
+typedef struct {
+    /// `sizeof(vattn_array)`, set by the caller.
+    size_t struct_size;
+    /// Where its first element is.
+    void *data;
+    /// A `vattn_dtype`, of the elements.
+    int32_t dtype;
+    /// Its dimensions: 8 at most.
+    uint32_t ndim;
+    /// Elements along each dimension, none of them negative. NULL with `ndim` 0.
+    const int64_t *shape;
+    /// From one element to the next along each dimension, in elements, none of them negative. NULL if they lie
+    /// side by side, the last dimension's closest.
+    const int64_t *strides;
+} vattn_array;
+
 /// How much memory is used for what, in bytes. `held = mapped + parked + free_bytes + quarantined`, but for
 /// what is being moved at this moment, by the mapper or another thread, which is held and neither.
 typedef struct {
@@ -883,10 +963,10 @@ typedef struct {
     size_t struct_size;
     /// What the tokens of the slots in use fill, with no rounding at all.
     uint64_t needed;
-    /// Extents of slots in use, up to the last one that holds a byte of their tokens.
+    /// Extents of slots in use, up to the last one that holds a byte of their tokens, and those that pins keep.
     uint64_t mapped;
-    /// Extents that are mapped and hold nobody's tokens: all of a retired slot's, and what lies beyond the
-    /// tokens of a slot in use.
+    /// Extents that are mapped, hold nobody's tokens and are not pinned: all of a retired slot's, and what lies
+    /// beyond the tokens of a slot in use.
     uint64_t parked;
     /// What of `parked` was mapped ahead for slots in use.
     uint64_t ahead;
@@ -899,6 +979,8 @@ typedef struct {
     uint64_t held;
     /// What may be held at most, in whole granules.
     uint64_t budget;
+    /// What of `mapped` pins keep, whether anybody's tokens need it or not.
+    uint64_t pinned;
 } vattn_bytes;
 
 /// Calls of the driver.
@@ -952,7 +1034,40 @@ typedef struct {
     vattn_call_stats driver;
     /// Those of them that were made beside the path of requests: by the mapper, or in `vattn_cache_tend`.
     vattn_call_stats background;
+    /// Pins that are alive, DLPack tensors among them.
+    uint64_t pins;
 } vattn_stats;
+
+/// How large a buffer is, and its extents.
+typedef struct {
+    /// `sizeof(vattn_buffer_options)`, set by the caller.
+    size_t struct_size;
+    /// Bytes of addresses, rounded up to granules. Addresses cost nothing.
+    uint64_t size;
+    /// The most bytes of one allocation: a granule times a power of two. 0 for 32 MiB, or a granule where
+    /// that is more. Large ones make commits cheap, small ones make decommits exact.
+    uint64_t largest_extent;
+} vattn_buffer_options;
+
+/// A buffer in numbers.
+typedef struct {
+    /// `sizeof(vattn_buffer_info)`, set by the caller.
+    size_t struct_size;
+    /// The address of the first byte, which never changes. What is not committed faults when it is touched.
+    void *data;
+    /// Bytes of addresses.
+    uint64_t size;
+    /// The driver's unit of allocation in bytes.
+    uint64_t granule;
+    /// Bytes that are committed.
+    uint64_t committed;
+    /// Bytes of memory that were allocated and not given back: whole extents.
+    uint64_t held;
+    /// A `vattn_device_type`.
+    int32_t device_type;
+    /// The device's number; 0 for the processor.
+    int32_t device_id;
+} vattn_buffer_info;
 
 /// What is alive of a driver's.
 typedef struct {
@@ -1003,6 +1118,22 @@ const char *vattn_version(void);
 /// # Safety
 /// - `out` is NULL, or a pointer can be written there.
 vattn_status vattn_probe_json(char **out);
+
+/// The models and the kernels that can be named, as one JSON object with two arrays.
+///
+/// `presets`: `name`, `description`, `layers`, `kv_heads`, `key_dim`, `value_dim`, `dtype`, `bytes_per_token`.
+/// Where layers keep a latent, `key_dim` is its elements, and `kv_heads` and `value_dim` are 0.
+///
+/// `kernels`: `name`, `summary`, `evidence` (`measured` or `source`), `source`, `exact`, `tiles`, `latents`. One
+/// that is exact reads nothing past a length. Of any other the first of its `tiles` counts that has the type
+/// and is wide enough: each has `dtypes`, `key_dim`, `value_dim`, `tokens`, of which `tile_tokens` is to be a
+/// multiple. `latents` says as heads of which `key_dim` and `value_dim` one of `dim` is looked up.
+///
+/// Types have PyTorch's names. The text is the caller's: `vattn_string_destroy` gives it up.
+///
+/// # Safety
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_catalog_json(char **out);
 
 /// Gives up a string that the library gave out. NULL is no error.
 ///
@@ -1236,6 +1367,9 @@ vattn_status vattn_cache_create(const vattn_config *config,
 /// Ends a cache: waits for the calls under way and for the fences that were given, ends the mapper, and
 /// gives everything back. Addresses from its views must not be used any more. NULL is no error.
 ///
+/// Under living pins the handle is dead all the same, and a warning is logged. What they do not keep is given
+/// back here, the rest as they go.
+///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused;
 /// - no kernel that is not covered by a fence still uses the memory.
@@ -1383,7 +1517,8 @@ vattn_status vattn_cache_trim(const vattn_cache *cache,
 /// the fences of what is unmapped are waited for.
 ///
 /// Fails with `VATTN_INVALID_CONFIG` for a budget that `vattn_cache_create` would refuse,
-/// `VATTN_OUT_OF_BUDGET` where slots in use need more, and the driver's refusals. The old budget stays.
+/// `VATTN_OUT_OF_BUDGET` where slots in use and pins need more, and the driver's refusals. The old budget
+/// stays.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.
@@ -1409,6 +1544,78 @@ vattn_status vattn_cache_tend(const vattn_cache *cache, bool *out_more);
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.
 vattn_status vattn_cache_flush(const vattn_cache *cache);
+
+/// Pins what backs a slot's tokens now: it stays mapped at its addresses until the pin is destroyed, through
+/// retire, truncate, reclaim, trim, a smaller budget, adoption of the slot by another request, and destruction
+/// of the cache. With `slot` NULL the addresses of all tensors stay reserved, and no memory is kept.
+///
+/// Pinned memory counts as mapped, and against the budget. Its contents are not kept: whoever has the slot,
+/// or is given it next, writes there.
+///
+/// Fails with `VATTN_STALE_SLOT`, `VATTN_FOREIGN_SLOT`, `VATTN_SLOT_BUSY`, `VATTN_UNHEALTHY`. Nothing is
+/// changed.
+///
+/// # Safety
+/// - `slot` is NULL, or can be read;
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_pin_create(const vattn_cache *cache,
+                              const vattn_slot *slot,
+                              vattn_pin **out);
+
+/// Pins a buffer: its addresses, and what is committed in it, last until the pin is destroyed, though the
+/// buffer is destroyed before. Decommitting works as ever: whoever has the buffer says what of it is wanted.
+///
+/// # Safety
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_pin_create_buffer(const vattn_buffer *buffer, vattn_pin **out);
+
+/// What a pin keeps.
+///
+/// # Safety
+/// - `out` is NULL, or points to a `vattn_pin_info` of which `struct_size` is set.
+vattn_status vattn_pin_describe(const vattn_pin *pin, vattn_pin_info *out);
+
+/// Makes a DLPack tensor of an array that lies in what the pin's object reserves. With `version_major` 0 it is
+/// a `DLManagedTensor`, with 1 a `DLManagedTensorVersioned`. It is a pin of its own: the array's memory is kept
+/// as this pin keeps it until the tensor's deleter is called, which any thread may do, with no lock held. After
+/// `fork` a deleter does nothing in the child.
+///
+/// Whether there is memory behind the array is not asked: what was not stepped to has none.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for an array that reaches beyond what is reserved, numbers that make no
+/// array (`data` is a multiple of an element's bytes), and a version that is neither.
+///
+/// # Safety
+/// - `array` is NULL, or can be read, with `ndim` values at `shape` and, unless it is NULL, at `strides`;
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_pin_dlpack(const vattn_pin *pin,
+                              const vattn_array *array,
+                              uint32_t version_major,
+                              void **out);
+
+/// Calls the deleter of a tensor that `vattn_pin_dlpack` made with the same `version_major`, and that nobody
+/// has taken over. NULL is no error.
+///
+/// # Safety
+/// - `tensor` is NULL, or one that `vattn_pin_dlpack` made, whose deleter was not called.
+vattn_status vattn_dlpack_destroy(void *tensor, uint32_t version_major);
+
+/// The destructor of a Python capsule that has a tensor of `vattn_pin_dlpack`, for `PyCapsule_New`: deletes the
+/// tensor, unless a consumer has taken it over and renamed the capsule. NULL is no error.
+///
+/// # Safety
+/// - `capsule` is NULL, or Python's, and the thread holds the interpreter's lock.
+void vattn_dlpack_capsule_destroy(void *capsule);
+
+/// Gives a pin up: what it alone kept holds nobody's tokens from now on, and is unmapped as what a retired slot
+/// leaves is, after the fences that were given for it. The device is done with what was launched on it, unless
+/// a fence that is given later covers that. Of a cache that was destroyed it is given back here, and what was
+/// left of the cache goes with its last pin, as does a buffer that was destroyed. NULL is no error.
+///
+/// # Safety
+/// - any handle may be passed; one that is not alive is refused;
+/// - no kernel that is not covered by a fence still uses the memory.
+vattn_status vattn_pin_destroy(vattn_pin *pin);
 
 /// Whether a cache can be trusted with more work: `out` is a `vattn_health`. A server may want it every
 /// iteration.
@@ -1452,6 +1659,64 @@ vattn_status vattn_cache_stats_json(const vattn_cache *cache, char **out);
 /// # Safety
 /// - `out` is NULL, or a pointer can be written there.
 vattn_status vattn_cache_report_json(const vattn_cache *cache, char **out);
+
+/// Reserves addresses, with nothing committed.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for a size of 0 or one that granules can't round up, and a largest
+/// extent that is no granule times a power of two; with `VATTN_OUT_OF_ADDRESS_SPACE`.
+///
+/// # Safety
+/// - `options` is NULL, or points to a `vattn_buffer_options` of which `struct_size` is set;
+/// - `out` is NULL, or a pointer can be written there.
+vattn_status vattn_buffer_create(const vattn_buffer_options *options,
+                                 const vattn_driver *driver,
+                                 vattn_buffer **out);
+
+/// Backs a range: afterwards every byte of it can be touched. What is committed already stays as it is, with
+/// what is in it; what is in new memory is not defined. Ranges need not begin or end on granules.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for a range that is empty or reaches beyond the buffer;
+/// `VATTN_OUT_OF_DEVICE_MEMORY`, `VATTN_OUT_OF_MAPPINGS` and the driver's other refusals, and nothing was
+/// committed; `VATTN_UNHEALTHY` after a driver panicked in a call on this buffer.
+///
+/// # Safety
+/// - any handle may be passed; one that is not alive is refused.
+vattn_status vattn_buffer_commit(const vattn_buffer *buffer, uint64_t offset, uint64_t size);
+
+/// Says that the bytes of a range are no longer wanted. Memory is given back by whole extents of which no byte
+/// is committed any more.
+///
+/// The fences say when the device is done with the range, one for each stream that touched it. They are
+/// waited for on the calling thread: whoever must not wait gives an event that has fired. Until this returns
+/// the range counts as committed.
+///
+/// Fails with `VATTN_INVALID_ARGUMENT` for a range that is empty or reaches beyond the buffer, and for no
+/// fence; `VATTN_CAPTURING_STREAM`; the driver's refusals. The range is as it was, with what is in it. With
+/// `VATTN_UNHEALTHY` where the driver stopped in the middle and would not undo: the text names the bytes that
+/// are not committed any more, and all others are as they were.
+///
+/// # Safety
+/// - `fences` is NULL, or `fence_count` of them can be read there, with streams and events that are alive;
+/// - no kernel that is not covered by a fence still uses the range.
+vattn_status vattn_buffer_decommit(const vattn_buffer *buffer,
+                                   uint64_t offset,
+                                   uint64_t size,
+                                   const vattn_fence *fences,
+                                   size_t fence_count);
+
+/// A buffer in numbers.
+///
+/// # Safety
+/// - `out` is NULL, or points to a `vattn_buffer_info` of which `struct_size` is set.
+vattn_status vattn_buffer_describe(const vattn_buffer *buffer, vattn_buffer_info *out);
+
+/// Gives a buffer up, its memory and its addresses; where it is pinned they go with the last pin. Waits for the
+/// calls on it that are under way, and for no device: nothing may use the memory any more. NULL is no error.
+///
+/// # Safety
+/// - any handle may be passed; one that is not alive is refused;
+/// - no kernel still uses the memory, unless it is pinned.
+vattn_status vattn_buffer_destroy(vattn_buffer *buffer);
 
 /// A driver around another that can be told to fail, so that a program can be tested against every failure
 /// there is. It costs some time in each call. The inner driver stays alive as long as it does.

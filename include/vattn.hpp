@@ -3,8 +3,8 @@
  * library is linked as for C. The book is the head of vattn.h: how to size a cache, the life of a slot, fences,
  * threads, kernels. What holds there holds here; this is what is different:
  *
- * - Geometry, Driver and Cache own a handle: they can be moved and not copied. One that was moved from is
- *   empty, and an empty one refuses every call with Status::InvalidArgument.
+ * - Geometry, Driver, Cache, Buffer and Pin own a handle: they can be moved and not copied. One that was
+ *   moved from is empty, and an empty one refuses every call with Status::InvalidArgument.
  * - A call that fails throws an Error. It has the status, the text and the driver's own code. What a server
  *   goes on from has a class of its own: OutOfBudget, OutOfDeviceMemory, NoFreeSlot, StaleSlot, Unsupported,
  *   Broken. A call that throws has changed nothing. Destructors throw nothing.
@@ -216,6 +216,10 @@ using Stats = vattn_stats;
 using CallStats = vattn_call_stats;
 /// What is alive of a driver's.
 using Live = vattn_live;
+/// What a pin keeps: tokens, and bytes of physical memory.
+using PinInfo = vattn_pin_info;
+/// A buffer in numbers. `device_type` is the number of a DeviceType.
+using BufferInfo = vattn_buffer_info;
 
 // ---- errors ----
 
@@ -404,6 +408,13 @@ inline void check_abi() {
     return detail::take(json);
 }
 
+/// The models and the kernels that can be named, as one JSON object: vattn_catalog_json says what is in it.
+[[nodiscard]] inline std::string catalog_json() {
+    char* json = nullptr;
+    detail::check(vattn_catalog_json(&json));
+    return detail::take(json);
+}
+
 /// Is told of a message: its level, the part of the library that speaks, and the text. Both strings live
 /// until it returns. It may be called by any thread, by several at once, and while locks are held: it must
 /// not call the library (Status::InCallback) and not take long. What it throws is lost.
@@ -559,7 +570,7 @@ private:
 
 // ---- handles ----
 
-/// What Geometry, Driver and Cache have in common: they own a handle of C, or are empty.
+/// What Geometry, Driver, Cache, Buffer and Pin have in common: they own a handle of C, or are empty.
 template <class C, vattn_status (*Destroy)(C*)>
 class Handle {
 public:
@@ -1240,6 +1251,106 @@ private:
     vattn_view view_;
 };
 
+// ---- pins ----
+
+/// A DLPack tensor that nobody has taken over yet: whoever does calls release(), and its deleter in the end.
+/// It can be moved and not copied.
+class DlpackTensor {
+public:
+    /// None.
+    DlpackTensor() noexcept = default;
+
+    /// Takes over what vattn_pin_dlpack made with that version.
+    DlpackTensor(void* tensor, std::uint32_t version_major) noexcept
+        : tensor_(tensor), version_major_(version_major) {}
+
+    /// Leaves `from` empty.
+    DlpackTensor(DlpackTensor&& from) noexcept
+        : tensor_(from.release()), version_major_(from.version_major_) {}
+
+    /// Gives up what this has, and leaves `from` empty.
+    DlpackTensor& operator=(DlpackTensor&& from) noexcept {
+        const std::uint32_t version_major = from.version_major_;
+        drop(std::exchange(tensor_, from.release()), version_major_);
+        version_major_ = version_major;
+        return *this;
+    }
+
+    DlpackTensor(const DlpackTensor&) = delete;
+    DlpackTensor& operator=(const DlpackTensor&) = delete;
+
+    /// Calls the deleter of a tensor that nobody took over.
+    ~DlpackTensor() { drop(tensor_, version_major_); }
+
+    /// The `DLManagedTensor`, or the `DLManagedTensorVersioned` of version 1. It stays this object's.
+    [[nodiscard]] void* get() const noexcept { return tensor_; }
+
+    /// Whether there is a tensor.
+    [[nodiscard]] explicit operator bool() const noexcept { return tensor_ != nullptr; }
+
+    /// Which of the two it is: 0 or 1.
+    [[nodiscard]] std::uint32_t version_major() const noexcept { return version_major_; }
+
+    /// Gives the tensor away: whoever takes it calls its deleter. This is empty afterwards.
+    [[nodiscard]] void* release() noexcept { return std::exchange(tensor_, nullptr); }
+
+private:
+    static void drop(void* tensor, std::uint32_t version_major) noexcept {
+        if (tensor != nullptr) {
+            static_cast<void>(vattn_dlpack_destroy(tensor, version_major));
+        }
+    }
+
+    void* tensor_ = nullptr;
+    std::uint32_t version_major_ = 1;
+};
+
+/// Keeps memory mapped at its addresses, and addresses reserved, for as long as it lives: Cache::pin. It may
+/// outlive its cache.
+class Pin : public Handle<vattn_pin, vattn_pin_destroy> {
+public:
+    /// None yet.
+    Pin() noexcept = default;
+
+    /// Takes over a handle of C.
+    explicit Pin(vattn_pin* handle) noexcept : Handle(handle) {}
+
+    /// What it keeps.
+    [[nodiscard]] PinInfo info() const {
+        auto info = detail::sized<PinInfo>();
+        detail::check(vattn_pin_describe(get(), &info));
+        return info;
+    }
+
+    /// A DLPack tensor of an array in what its object reserves, as a pin of its own. Shape and strides are in
+    /// elements; without strides the elements lie side by side.
+    ///
+    /// Throws InvalidArgument for an array that reaches beyond what is reserved.
+    [[nodiscard]] DlpackTensor dlpack(void* data, Dtype dtype, Span<const std::int64_t> shape,
+                                      Span<const std::int64_t> strides = {},
+                                      std::uint32_t version_major = 1) const {
+        if (!strides.empty() && strides.size() != shape.size()) {
+            detail::refuse("vattn::Pin::dlpack: there are " + std::to_string(strides.size()) +
+                           " strides for a shape of " + std::to_string(shape.size()) +
+                           " dimensions; pass as many, or none");
+        }
+        auto array = detail::sized<vattn_array>();
+        array.data = data;
+        array.dtype = static_cast<std::int32_t>(dtype);
+        array.ndim = shape.size() > UINT32_MAX ? UINT32_MAX : static_cast<std::uint32_t>(shape.size());
+        array.shape = shape.data();
+        array.strides = strides.empty() ? nullptr : strides.data();
+        void* made = nullptr;
+        detail::check(vattn_pin_dlpack(get(), &array, version_major, &made));
+        return DlpackTensor(made, version_major);
+    }
+
+    /// The same of a whole view, of four dimensions. What of it is not backed must not be touched.
+    [[nodiscard]] DlpackTensor dlpack(const View& view, std::uint32_t version_major = 1) const {
+        return dlpack(view.data(), view.dtype(), view.shape(), view.strides(), version_major);
+    }
+};
+
 // ---- caches ----
 
 /// A KV cache. Any thread may call any method at any time; moving and destroying it are for one alone.
@@ -1414,7 +1525,7 @@ public:
     /// the fences of what is unmapped are waited for.
     ///
     /// Throws InvalidConfig for a budget that the constructor would refuse, OutOfBudget where slots in use
-    /// need more, and the driver's refusals. The old budget stays.
+    /// and pins need more, and the driver's refusals. The old budget stays.
     void set_budget(std::uint64_t budget) { detail::check(vattn_cache_set_budget(get(), budget)); }
 
     /// Does, on the calling thread, what the mapper would do by now: with Background::Caller, once an
@@ -1433,6 +1544,24 @@ public:
     /// Throws what a call of the driver in the background failed with since the last flush. Nothing is lost
     /// by it.
     void flush() { detail::check(vattn_cache_flush(get())); }
+
+    /// Keeps what backs the slot's tokens now mapped where it is, for as long as the pin lives: through
+    /// retire, truncate, reclaim, trim, a smaller budget, adoption by another request, and the end of this
+    /// cache. Its contents are not kept: whoever has the slot writes there.
+    ///
+    /// Throws StaleSlot; Error of ForeignSlot, SlotBusy.
+    [[nodiscard]] Pin pin(const Slot& slot) const {
+        vattn_pin* made = nullptr;
+        detail::check(vattn_pin_create(get(), &slot, &made));
+        return Pin(made);
+    }
+
+    /// Keeps the addresses of all tensors reserved, and no memory.
+    [[nodiscard]] Pin pin_addresses() const {
+        vattn_pin* made = nullptr;
+        detail::check(vattn_pin_create(get(), nullptr, &made));
+        return Pin(made);
+    }
 
     /// Whether it can be trusted with more work.
     [[nodiscard]] Health health() const {
@@ -1491,6 +1620,80 @@ private:
         char* json = nullptr;
         detail::check(function(get(), &json));
         return detail::take(json);
+    }
+};
+
+// ---- buffers ----
+
+/// How large a buffer is, and its extents.
+struct BufferOptions {
+    /// Bytes of addresses, rounded up to granules. Addresses cost nothing.
+    std::uint64_t size;
+    /// The most bytes of one allocation: a granule times a power of two. 0 for 32 MiB, or a granule where
+    /// that is more. Large ones make commits cheap, small ones make decommits exact.
+    std::uint64_t largest_extent = 0;
+};
+
+/// A range of addresses that never move, with memory behind the bytes that are committed. Any thread may call
+/// any method at any time; moving and destroying it are for one alone.
+class Buffer : public Handle<vattn_buffer, vattn_buffer_destroy> {
+public:
+    /// None yet.
+    Buffer() noexcept = default;
+
+    /// Takes over a handle of C.
+    explicit Buffer(vattn_buffer* handle) noexcept : Handle(handle) {}
+
+    /// Reserves addresses, with nothing committed. The driver stays alive as long as the buffer does.
+    ///
+    /// Throws InvalidArgument for a size of 0 or one that granules can't round up, and a largest extent that
+    /// is no granule times a power of two; OutOfAddressSpace.
+    Buffer(const BufferOptions& options, const Driver& driver) : Handle(make(options, driver)) {}
+
+    /// Backs a range: afterwards every byte of it can be touched. What is committed already stays as it is,
+    /// with what is in it; what is in new memory is not defined. Ranges need not begin or end on granules.
+    ///
+    /// Throws OutOfDeviceMemory; Error of InvalidArgument for a range that is empty or reaches beyond the
+    /// buffer, OutOfMappings, and the driver's other refusals.
+    void commit(std::uint64_t offset, std::uint64_t size) {
+        detail::check(vattn_buffer_commit(get(), offset, size));
+    }
+
+    /// Says that the bytes of a range are no longer wanted, and waits for the fences, one for each stream
+    /// that touched it. Memory is given back by whole extents of which no byte is committed any more.
+    ///
+    /// Throws Error of InvalidArgument for a range that is empty or reaches beyond the buffer and for no
+    /// fence, CapturingStream, and the driver's refusals: the range is as it was. Broken of Unhealthy where
+    /// the driver stopped in the middle and would not undo: the text names the bytes that are not committed
+    /// any more, and all others are as they were.
+    void decommit(std::uint64_t offset, std::uint64_t size, Fences fences) {
+        detail::check(vattn_buffer_decommit(get(), offset, size, fences.data(), fences.size()));
+    }
+
+    /// Where it is, and how much of it is committed and held.
+    [[nodiscard]] BufferInfo info() const {
+        auto info = detail::sized<BufferInfo>();
+        detail::check(vattn_buffer_describe(get(), &info));
+        return info;
+    }
+
+    /// Pins it: its addresses, and what is committed in it, last as long as the pin. Decommitting works as
+    /// ever.
+    [[nodiscard]] Pin pin() const {
+        vattn_pin* made = nullptr;
+        detail::check(vattn_pin_create_buffer(get(), &made));
+        return Pin(made);
+    }
+
+private:
+    static vattn_buffer* make(const BufferOptions& options, const Driver& driver) {
+        check_abi();
+        auto of_c = detail::sized<vattn_buffer_options>();
+        of_c.size = options.size;
+        of_c.largest_extent = options.largest_extent;
+        vattn_buffer* made = nullptr;
+        detail::check(vattn_buffer_create(&of_c, driver.get(), &made));
+        return made;
     }
 };
 

@@ -21,10 +21,11 @@
 //! | slot | a request's index into every tensor. Its id ([`SlotId`]) carries a generation, so that an old id is refused |
 //! | run | the extents mapped into one slot's part of one tensor, side by side from its start |
 //! | piece | one extent in a run |
-//! | frontier | the end of the last piece of a run that holds a byte of its owner's tokens |
+//! | frontier | the end of the last piece of a run that holds a byte of its owner's tokens, or that a pin keeps |
 //! | step | one iteration of the server: "these slots now hold this many tokens in all" |
 //! | retire | the request is done with its slot; its extents stay mapped |
-//! | parked | mapped, and holding nobody's tokens: a retired slot's extents, and what lies beyond the frontier of a slot in use |
+//! | pin | keeps the memory of a slot's tokens mapped, whoever has the slot ([`Pin`]); pinned memory counts as mapped |
+//! | parked | mapped, not pinned, and holding nobody's tokens: a retired slot's extents, and what lies beyond the frontier of a slot in use |
 //! | ahead | parked, and mapped before the tokens of the slot in use came to need it |
 //! | adopt | a new request takes over a parked slot with the extents in it |
 //! | reclaim | parked extents are unmapped, and are free or go to another slot |
@@ -32,7 +33,7 @@
 //! | mapper | the background thread: it maps ahead, keeps extents at hand, waits for fences and unmaps |
 //! | fence | what tells that device work submitted earlier is done ([`Fence`]) |
 //! | needed | bytes that the live tokens fill with no rounding at all: the packed floor |
-//! | mapped | extents of slots in use, up to the frontier |
+//! | mapped | extents of slots in use, up to the frontier, and those that pins keep |
 //! | free | created and mapped nowhere |
 //! | quarantined | extents that the driver would not let go of after a failure |
 //! | held | all that was created and not released: mapped + parked + free + quarantined |
@@ -49,9 +50,11 @@
 //! | [`stats`] | what is counted |
 //! | [`geometry`] | what a model keeps for each token, and with which options a cache is made |
 //! | [`driver`] | who maps memory: the contract, the host, the ledger, the checker |
+//! | [`fence`] | what is waited for before memory is unmapped |
 //! | `pool` | which extents there are, and which of them cover a need |
 //! | [`layout`] | where each layer's keys and values lie |
 //! | `tensor` | what is mapped where in one reservation |
+//! | [`buffer`] | which bytes of one range of addresses are wanted, and what is mapped for them |
 //! | `slot` | who has a slot, which parked one is adopted, how much a run grows |
 //! | `mapper` | the background thread: how it is woken, waited for and ended |
 //! | [`cache`] | how an operation is planned, carried out, and published or undone |
@@ -59,9 +62,11 @@
 //!
 //! Imports point up this table and never down.
 
+pub mod buffer;
 pub mod cache;
 pub mod driver;
 pub mod error;
+pub mod fence;
 #[cfg(not(loom))]
 pub mod ffi;
 pub mod geometry;
@@ -74,7 +79,8 @@ pub(crate) mod sync;
 pub(crate) mod tensor;
 pub mod units;
 
-pub use cache::{Fence, Health, KvCache, SlotTokens, TensorView};
+pub use buffer::{Buffer, BufferOptions};
+pub use cache::{Fence, Health, KvCache, Pin, SlotTokens, TensorView};
 pub use error::{Error, ErrorKind, Result};
 pub use geometry::{Config, Geometry};
 pub use layout::Part;

@@ -6,7 +6,7 @@
 //!
 //! | rank | lock | owner |
 //! |---|---|---|
-//! | 0 | the right to move extents, one operation at a time | `cache` |
+//! | 0 | the right to move extents, one operation at a time | `cache`, `buffer` |
 //! | 1 | slot table | `cache` |
 //! | 2 | pool | `cache` |
 //! | 3 | what the mapper was asked for | `cache` |

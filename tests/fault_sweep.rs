@@ -17,7 +17,7 @@ use vattn::driver::checked::Checked;
 use vattn::driver::{Live, Stream};
 use vattn::error::{ErrorKind, Verb};
 use vattn::units::Bytes;
-use vattn::{Fence, Health, KvCache, Result, SlotId, SlotTokens};
+use vattn::{Fence, Health, KvCache, Pin, Result, SlotId, SlotTokens};
 
 const KINDS: [ErrorKind; 4] =
     [ErrorKind::Driver, ErrorKind::OutOfDeviceMemory, ErrorKind::OutOfMappings, ErrorKind::DeviceLost];
@@ -32,6 +32,8 @@ struct Scene {
     written: BTreeMap<u64, (SlotId, u64)>,
     /// A third request, without tokens.
     fresh: SlotId,
+    /// Behind the cache, which is dropped before them.
+    pins: Vec<Pin>,
 }
 
 /// What a caller can see.
@@ -72,7 +74,7 @@ impl Scene {
         for (owner, (slot, count)) in &written {
             contents::fill(&cache, *slot, *owner, 0..*count);
         }
-        Self { watch, cache, written, fresh }
+        Self { watch, cache, written, fresh, pins: Vec::new() }
     }
 
     /// With parked memory only to take: nothing is free and no more may be held.
@@ -104,6 +106,19 @@ impl Scene {
         let bytes = scene.cache.bytes();
         scene.cache.set_budget(bytes.mapped + bytes.parked).unwrap();
         Self { fresh: adopted, ..scene }
+    }
+
+    /// The fresh slot has adopted memory that is pinned, and nothing else is there to take but parked memory.
+    fn pinned() -> Self {
+        let scene = Self::new();
+        let slot = scene.cache.acquire(tokens(40), Some(ONE)).unwrap();
+        step(&scene.cache, slot, 40).unwrap();
+        let pins = vec![scene.cache.pin(slot).unwrap()];
+        scene.cache.retire(slot, &[Fence::Stream(ONE)]).unwrap();
+        let adopted = scene.cache.acquire(tokens(40), Some(ONE)).unwrap();
+        assert_eq!(adopted.index(), slot.index());
+        scene.cache.set_budget(scene.cache.bytes().held).unwrap();
+        Self { fresh: adopted, pins, ..scene }
     }
 
     fn granules(&self, count: u64) -> Bytes {
@@ -140,7 +155,7 @@ impl Scene {
     fn end(self, refused_before: u64) {
         let checked = self.checked();
         assert_eq!(self.watch.violations(), Vec::<String>::new());
-        drop(self.cache);
+        drop((self.cache, self.pins));
         assert_eq!(checked.live(), Live { events: refused_before, ..Live::default() });
     }
 }
@@ -194,7 +209,7 @@ fn sweep(
                 if result.is_err() {
                     has_failed(&scene);
                 }
-                drop(scene.cache);
+                drop((scene.cache, scene.pins));
                 checked.clear_faults();
                 continue;
             }
@@ -255,6 +270,9 @@ fn steps() {
         })
         + sweep("a prompt in less than was adopted", moves, Scene::overshooting, None, |scene| {
             step(&scene.cache, scene.fresh, 20)
+        })
+        + sweep("growth beyond what is pinned", moves, Scene::pinned, None, |scene| {
+            step(&scene.cache, scene.fresh, 200)
         });
     assert!(injected >= 200, "{injected} failures");
 }
@@ -354,7 +372,7 @@ fn drop_in_any_state() {
                 ErrorKind::DeviceLost => checked.lose_device_at(nth),
                 _ => checked.fail_call(nth, kind),
             }
-            drop(scene.cache);
+            drop((scene.cache, scene.pins));
             if checked.injected() == 0 {
                 assert_eq!(checked.live(), Live::default());
                 break;

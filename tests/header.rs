@@ -14,8 +14,10 @@ fn root() -> &'static Path {
 }
 
 /// The files with declarations for C, in the header's order.
-const CHAPTERS: [&str; 10] =
-    ["status", "library", "log", "geometry", "driver", "config", "layout", "cache", "stats", "testing"];
+const CHAPTERS: [&str; 12] = [
+    "status", "library", "log", "geometry", "driver", "config", "layout", "cache", "pin", "stats", "buffer",
+    "testing",
+];
 
 fn header() -> PathBuf {
     root().join("include/vattn.h")

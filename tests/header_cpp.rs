@@ -9,11 +9,12 @@ use std::fs;
 use std::path::Path;
 
 /// What is C's alone, and why.
-const NOT_WRAPPED: [(&str, &str); 7] = [
+const NOT_WRAPPED: [(&str, &str); 8] = [
     ("vattn_fence_idle", "Fence::idle makes the struct: inline functions must not call static ones"),
     ("vattn_fence_stream", "as vattn_fence_idle"),
     ("vattn_fence_event", "as vattn_fence_idle"),
     ("vattn_fence_kind", "a fence of C++ is made by name and not by kind"),
+    ("vattn_dlpack_capsule_destroy", "for Python alone, which calls it through a capsule"),
     ("VATTN_H", "the guard"),
     ("reserved", "a field that is 0"),
     ("struct_size", "a field that detail::sized sets"),
@@ -98,6 +99,8 @@ fn every_field_that_is_translated_is() {
         ("vattn_cuda_device", "device.", 10),
         ("vattn_error", "failure->", 4),
         ("vattn_view", "view_.", 6),
+        ("vattn_array", "array.", 5),
+        ("vattn_buffer_options", "of_c.", 3),
     ] {
         let fields = fields(&c, name);
         assert!(fields.len() >= least, "only {fields:?} were found of {name}: the search is broken");

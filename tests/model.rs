@@ -24,7 +24,7 @@ use vattn::driver::{Live, Stream};
 use vattn::error::ErrorKind;
 use vattn::geometry::Background;
 use vattn::units::Bytes;
-use vattn::{Config, Fence, Geometry, KvCache, SlotId, SlotTokens};
+use vattn::{Config, Fence, Geometry, KvCache, Pin, SlotId, SlotTokens};
 
 const STREAMS: u8 = 3;
 
@@ -104,6 +104,14 @@ enum Op {
         pick: usize,
         to: To,
     },
+    /// A slot's memory is kept, or the addresses alone.
+    Pin {
+        pick: usize,
+        slot: bool,
+    },
+    Unpin {
+        pick: usize,
+    },
 }
 
 fn to() -> impl Strategy<Value = To> {
@@ -163,6 +171,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..STREAMS).prop_map(|stream| Op::Fire { stream }),
         8 => Just(Op::Tend),
         2 => (pick(), to()).prop_map(|(pick, to)| Op::Prefetch { pick, to }),
+        2 => (pick(), prop::bool::weighted(0.9)).prop_map(|(pick, slot)| Op::Pin { pick, slot }),
+        3 => pick().prop_map(|pick| Op::Unpin { pick }),
     ]
 }
 
@@ -178,6 +188,8 @@ struct World {
     used: BTreeMap<u32, u64>,
     ids: Vec<SlotId>,
     past: Vec<SlotId>,
+    /// Pins, with the slot and the tokens that they keep.
+    pins: Vec<(u32, u64, Pin)>,
     /// In bytes, as it was set.
     budget: Bytes,
     foreign: SlotId,
@@ -201,6 +213,7 @@ impl World {
             used,
             ids: Vec::new(),
             past: Vec::new(),
+            pins: Vec::new(),
             budget: shape.granule * shape.budget,
             foreign: other.acquire(tokens(1), None).unwrap(),
             _other: other,
@@ -245,13 +258,29 @@ impl World {
             .collect()
     }
 
+    /// The tokens up to which a slot's memory stays: its own, or those of its pins.
+    fn kept(&self, slot: u32) -> u64 {
+        self.used.get(&slot).copied().unwrap_or(0).max(self.pinned(slot))
+    }
+
+    fn pinned(&self, slot: u32) -> u64 {
+        let of_slot = self.pins.iter().filter(|(other, ..)| *other == slot);
+        of_slot.map(|(_, count, _)| *count).max().unwrap_or(0)
+    }
+
     fn in_use(&self) -> u64 {
-        self.used.iter().flat_map(|(slot, count)| self.frontier(*slot, *count)).sum()
+        let slots = 0..self.cache.layout().slots();
+        slots.flat_map(|slot| self.frontier(slot, self.kept(slot))).sum()
+    }
+
+    fn in_pins(&self) -> u64 {
+        let slots = 0..self.cache.layout().slots();
+        slots.flat_map(|slot| self.frontier(slot, self.pinned(slot))).sum()
     }
 
     fn missing(&self, entry: &SlotTokens) -> u64 {
         let slot = entry.slot.index();
-        let have = self.frontier(slot, self.used[&slot]);
+        let have = self.frontier(slot, self.kept(slot));
         let need = |tensor| self.shape.granules(tensor, entry.tokens.get());
         have.iter().enumerate().map(|(tensor, have)| need(tensor).saturating_sub(*have)).sum()
     }
@@ -528,7 +557,13 @@ impl World {
                     self.catch_up();
                     let after = self.cache.bytes();
                     // Only what is mapped ahead, or would be again, is left beyond it.
-                    let idle = self.cache.report().unwrap().slots.iter().any(|slot| !slot.active);
+                    let idle = self
+                        .cache
+                        .report()
+                        .unwrap()
+                        .slots
+                        .iter()
+                        .any(|slot| !slot.active && slot.backed > slot.mapped);
                     let all_went = after.free.is_zero() && !idle;
                     // What mapping ahead had created when the device put an end to it is there again.
                     let all_went = all_went || self.shape.device_has.is_some();
@@ -565,7 +600,31 @@ impl World {
                 let after = self.cache.bytes();
                 assert_eq!((before.needed, before.mapped), (after.needed, after.mapped));
             }
+            Op::Pin { pick, slot } => self.pin(*pick, *slot),
+            Op::Unpin { pick } => {
+                if !self.pins.is_empty() {
+                    self.pins.swap_remove(pick % self.pins.len());
+                }
+            }
         }
+    }
+
+    fn pin(&mut self, pick: usize, slot: bool) {
+        if !slot {
+            return self.pins.push((0, 0, self.cache.pin_addresses()));
+        }
+        if let Some(id) = self.past.last() {
+            assert_eq!(self.cache.pin(*id).unwrap_err().kind(), ErrorKind::StaleSlot);
+        }
+        if let Some((slot, count, pin)) = self.pins.get(pick).filter(|_| pick.is_multiple_of(4)) {
+            return self.pins.push((*slot, *count, pin.clone()));
+        }
+        let Some(id) = self.pick(pick) else { return };
+        let (pin, now) = (self.cache.pin(id).unwrap(), self.tokens_of(id));
+        let granules: u64 = self.frontier(id.index(), now).iter().sum();
+        assert_eq!(pin.tokens().get(), self.shape.tiled(now));
+        assert_eq!(pin.bytes(), self.shape.granule * granules);
+        self.pins.push((id.index(), now, pin));
     }
 
     fn has_background(&self) -> bool {
@@ -603,8 +662,10 @@ impl World {
             mappings += ends.iter().map(Vec::len).sum::<usize>();
             let told = report.slots.iter().find(|told| told.index == slot);
             assert_eq!(told.map_or(Bytes::ZERO, |told| told.backed), granule * of_slot, "slot {slot}");
-            let need = self.used.get(&slot).map_or(0, |count| self.frontier(slot, *count).iter().sum());
+            let need: u64 = self.frontier(slot, self.kept(slot)).iter().sum();
             assert_eq!(told.map_or(Bytes::ZERO, |told| told.mapped), granule * need, "slot {slot}");
+            let pinned: u64 = self.frontier(slot, self.pinned(slot)).iter().sum();
+            assert_eq!(told.map_or(Bytes::ZERO, |told| told.pinned), granule * pinned, "slot {slot}");
         }
         assert_eq!(live.mappings, u64::try_from(mappings).unwrap());
         assert_eq!(live.reservations, u64::try_from(tensors).unwrap());
@@ -613,7 +674,8 @@ impl World {
         assert_eq!(bytes, report.snapshot.bytes);
         let row: u64 = self.shape.rows.iter().sum();
         assert_eq!(bytes.needed.get(), self.used.values().sum::<u64>() * row);
-        assert_eq!(bytes.mapped, granule * self.in_use());
+        assert_eq!((bytes.mapped, bytes.pinned), (granule * self.in_use(), granule * self.in_pins()));
+        assert_eq!(report.snapshot.pins, u64::try_from(self.pins.len()).unwrap());
         assert_eq!(bytes.mapped + bytes.parked, granule * backed);
         assert_eq!(bytes.held, live.bytes);
         assert_eq!(bytes.held, bytes.mapped + bytes.parked + bytes.free);
@@ -629,6 +691,7 @@ impl World {
     fn finish(mut self, tidy: bool) {
         let checked = std::sync::Arc::clone(&self.watch.checked);
         if tidy {
+            self.pins.clear();
             for id in std::mem::take(&mut self.ids) {
                 self.cache.retire(id, &[Fence::Stream(stream(0))]).unwrap();
                 self.watch.used_by(&self.cache, id.index(), stream(0));
@@ -642,7 +705,15 @@ impl World {
             assert_eq!(checked.live().events, 0, "nothing is parked");
             assert_eq!(self.cache.bytes().held, self.cache.bytes().mapped);
         }
+        let (granule, pinned, last) = (self.shape.granule, self.in_pins(), self.pins.pop());
         drop(self.cache);
+        if last.is_some() {
+            assert_eq!(checked.live().bytes, granule * pinned);
+        }
+        self.pins.clear();
+        if let Some((_, _, pin)) = last {
+            assert_eq!(checked.live().bytes, pin.bytes());
+        }
         assert_eq!(checked.live(), Live::default());
         assert_eq!(self.watch.backend.live().unwrap_or_default(), Live::default());
         assert_eq!(self.watch.violations(), Vec::<String>::new());

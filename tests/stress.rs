@@ -74,9 +74,11 @@ mod linux {
         stream(1 + numbers.below(STREAMS))
     }
 
-    /// Requests that come, grow, shrink and go, one after the other.
+    /// Requests that come, grow, shrink and go, one after the other. Now and then one is pinned, and that
+    /// goes at some moment of a later one's.
     fn serve(world: &World, thread: u64, rounds: u64) {
         let (cache, mut numbers) = (&world.cache, Numbers::new(thread + 1));
+        let mut pin = None;
         for round in 0..rounds {
             let owner = thread << 32 | round;
             let on = (numbers.below(4) > 0).then(|| any_stream(&mut numbers));
@@ -103,14 +105,21 @@ mod linux {
                     held /= 2;
                     cache.truncate(slot, tokens(held), &[fence(&mut numbers)]).unwrap();
                 }
+                if numbers.below(16) == 0 {
+                    pin = None;
+                }
                 to = (held + 1 + numbers.below(4)).min(300);
                 world.calls.fetch_add(1, Relaxed);
             }
             if world.has_bytes {
                 contents::find(cache, slot, owner, held);
             }
+            if numbers.below(10) == 0 {
+                pin = Some(cache.pin(slot).unwrap());
+            }
             cache.retire(slot, &[fence(&mut numbers)]).unwrap();
         }
+        drop(pin);
         world.working.fetch_sub(1, Relaxed);
     }
 

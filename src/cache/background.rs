@@ -64,6 +64,11 @@ impl Goals {
     }
 
     /// What trims and reclaims that were not done yet wait for.
+    pub(super) fn fences(&self) -> Vec<slot::Fence> {
+        self.fences.clone()
+    }
+
+    /// The same, of a cache that ends.
     pub(super) fn take_fences(&mut self) -> Vec<slot::Fence> {
         std::mem::take(&mut self.fences)
     }
@@ -150,12 +155,14 @@ impl Core {
             tracing::error!(words, "the mapper panicked: the cache has failed");
             let _ = failed.failure.set(format!("the mapper panicked: {words}; please report it"));
         };
-        Mapper::spawn(NAME, turn, panicked).map_err(|error| {
+        let mapper = Mapper::spawn(NAME, turn, panicked).map_err(|error| {
             Error::new(
                 ErrorKind::Unsupported,
                 format!("the thread {NAME} could not be started: {error}; allow one more, or leave the background's work to the caller"),
             )
-        })
+        })?;
+        self.waker.get_or_init(|| mapper.waker());
+        Ok(mapper)
     }
 
     /// Whether something was left to the mapper since this was last asked.

@@ -10,6 +10,7 @@ use crate::driver::owned::{DriverHandle, PhysicalMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::geometry::{Background, Commit, Config};
 use crate::layout::Layout;
+use crate::mapper::Waker;
 use crate::pool::{self, Pool};
 use crate::slot::{self, SlotTable};
 use crate::stats::{ByteCounts, Counters, Snapshot};
@@ -49,6 +50,10 @@ pub(super) struct Core {
     pub(super) pace: Leaf<Pace>,
     /// How many callers wait until the background is done.
     pub(super) hurry: AtomicUsize,
+    /// Wakes the mapper, for pins, which do not have it.
+    pub(super) waker: OnceLock<Waker>,
+    /// Whether the cache was dropped, and pins alone keep this.
+    pub(super) closed: AtomicBool,
 }
 
 impl Core {
@@ -116,6 +121,8 @@ impl Core {
             alert,
             pace: Leaf::new(Pace::default()),
             hurry: AtomicUsize::new(0),
+            waker: OnceLock::new(),
+            closed: AtomicBool::new(false),
         };
         match cache.config.commit() {
             Commit::OnDemand => {}
@@ -232,8 +239,7 @@ impl Core {
         result
     }
 
-    /// Notes that a caller's call panicked.
-    #[cfg(not(loom))]
+    /// Notes that a call panicked.
     pub(super) fn fail(&self, why: &str) {
         if self.failure.set(why.to_owned()).is_ok() {
             tracing::error!(why, "a call panicked: the cache has failed");

@@ -54,6 +54,7 @@ impl Core {
         }
         drop(fences);
         self.sweep();
+        self.let_go_unpinned();
         if let Err(error) = waited {
             self.let_go(id);
             return Err(error);

@@ -98,6 +98,44 @@ fn two_requests_share_a_budget_for_one() {
 }
 
 #[test]
+fn a_pin_is_dropped_while_its_slot_grows() {
+    model(|| {
+        let cache = cache(1, 4);
+        let slot = acquire(&cache);
+        assert!(step(&cache, slot, 32));
+        let pin = cache.pin(slot).unwrap();
+        cache.truncate(slot, TokenCount::new(5), &[Fence::Idle]).unwrap();
+        let other = thread::spawn(move || drop(pin));
+        assert!(step(&cache, slot, 40));
+        other.join().unwrap();
+        let report = cache.report().unwrap();
+        assert_eq!((report.snapshot.bytes.pinned, report.snapshot.pins), (Bytes::ZERO, 0));
+        cache.retire(slot, &[Fence::Idle]).unwrap();
+        assert_eq!(cache.report().unwrap().snapshot.bytes.mapped, Bytes::ZERO);
+    });
+}
+
+#[test]
+fn a_cache_and_a_pin_of_it_are_dropped_at_once() {
+    model(|| {
+        let ledger = ledger(4);
+        let cache = cache_on(&ledger, 2, 4, Background::Off);
+        let slots = [acquire(&cache), acquire(&cache)];
+        let pins = slots.map(|slot| {
+            assert!(step(&cache, slot, 1));
+            cache.pin(slot).unwrap()
+        });
+        let [first, second] = pins;
+        let other = thread::spawn(move || drop(first));
+        drop(cache);
+        other.join().unwrap();
+        assert_eq!(ledger.live().bytes, second.bytes(), "what nobody keeps is given back");
+        drop(second);
+        assert_eq!(ledger.live(), Live::default());
+    });
+}
+
+#[test]
 fn one_retires_while_another_needs_its_memory() {
     model(|| {
         let cache = cache(2, 2);

@@ -1,7 +1,7 @@
 //! Giving memory up: reclaim, trim, and a budget that changes.
 
 use crate::cache::core::{self, Core};
-use crate::cache::{Fence, fence};
+use crate::cache::{Fence, fence, work};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{Bytes, Granules};
 
@@ -47,17 +47,20 @@ impl Core {
                 return Err(core::too_small(budget, &self.config, &self.layout));
             }
             let _moves = self.moves.lock();
-            let (needed, quarantined) = {
+            let (needed, quarantined, pinned) = {
                 let table = self.table.lock();
-                (table.frontier() + table.quarantined(), table.quarantined())
+                let pinned = work::pinned(granule, &table);
+                (table.frontier() + table.quarantined(), table.quarantined(), pinned)
             };
             if needed > limit {
                 return Err(Error::new(
                     ErrorKind::OutOfBudget,
                     format!(
-                        "a budget of {budget} is less than the {} that slots in use need{}; retire or truncate slots first",
+                        "a budget of {budget} is less than the {} that slots in use need{}{pinned}; retire or truncate slots{} \
+                         first",
                         granule.to_bytes(needed),
                         if quarantined.is_zero() { "" } else { ", quarantined memory included" },
+                        if pinned.is_empty() { "" } else { " or give up pins" },
                     ),
                 ));
             }

@@ -14,7 +14,7 @@
 //! | `background.rs` | what the mapper does, in which order, and how much at a time |
 //! | `ahead.rs` | what it maps before tokens need it |
 //! | `stock.rs` | which extents it keeps at hand |
-//! | `fence.rs` | what is waited for before memory is unmapped |
+//! | `pin.rs` | what keeps memory in place whatever becomes of its slot |
 //! | `views.rs` | addresses, shapes and strides for kernels |
 //! | `report.rs` | the walk through everything, and the audit |
 //!
@@ -25,11 +25,11 @@
 mod ahead;
 mod background;
 mod core;
-mod fence;
 mod lifecycle;
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod memory;
+mod pin;
 mod report;
 mod step;
 mod stock;
@@ -44,14 +44,16 @@ use crate::driver::{Driver, Stream};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::Result;
+use crate::fence;
 use crate::geometry::{Background, Config};
 use crate::layout::{Layout, Part};
 use crate::mapper::Mapper;
 use crate::stats::{ByteCounts, Snapshot};
 use crate::units::{Bytes, SlotId, TokenCount};
 
+pub use crate::fence::{Fence, ForeignEvent};
 pub use crate::slot::SlotTokens;
-pub use fence::{Fence, ForeignEvent};
+pub use pin::Pin;
 pub use report::{Report, SlotReport};
 pub use views::TensorView;
 
@@ -59,9 +61,9 @@ pub use views::TensorView;
 ///
 /// | call | `Healthy` | `Degraded` | `Failed` |
 /// |---|---|---|---|
-/// | `step`, `acquire`, `truncate`, `prefetch` | yes | yes; a step on a slot with quarantined memory first tries to clear it | no |
+/// | `step`, `acquire`, `truncate`, `prefetch`, `pin` | yes | yes; a step on a slot with quarantined memory first tries to clear it | no |
 /// | `retire`, `reclaim`, `trim`, `set_budget`, `tend`, `flush` | yes | yes | no |
-/// | `fits`, `admits`, views, `snapshot`, `report` | yes | yes | yes |
+/// | `fits`, `admits`, views, `pin_addresses`, `snapshot`, `report` | yes | yes | yes |
 /// | drop | yes | yes | yes; what the device took with it counts as given back |
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -119,7 +121,7 @@ pub enum Health {
 /// # Ok::<(), vattn::Error>(())
 /// ```
 pub struct KvCache {
-    // Ended before what it works on is dropped.
+    // Ended before what it works on is closed.
     mapper: Option<Mapper>,
     core: Arc<Core>,
 }
@@ -287,7 +289,7 @@ impl KvCache {
     ///
     /// # Errors
     /// [`InvalidConfig`](ErrorKind::InvalidConfig) for a budget that [`new`](Self::new) would refuse,
-    /// [`OutOfBudget`](ErrorKind::OutOfBudget) where slots in use need more than `budget`, and the
+    /// [`OutOfBudget`](ErrorKind::OutOfBudget) where slots in use and pins need more than `budget`, and the
     /// driver's. The old budget stays.
     pub fn set_budget(&self, budget: Bytes) -> Result<()> {
         self.then_wake(self.core.set_budget(budget))
@@ -324,6 +326,23 @@ impl KvCache {
     /// needed, and what could not be given back is still there.
     pub fn flush(&self) -> Result<()> {
         self.core.flush(self.mapper.as_ref())
+    }
+
+    /// Keeps what backs the slot's tokens now mapped where it is, until the pin and its clones are dropped:
+    /// through retire, truncate, reclaim, trim, a smaller budget, adoption of the slot by another request, and
+    /// the end of the cache. See [`Pin`].
+    ///
+    /// # Errors
+    /// [`StaleSlot`](ErrorKind::StaleSlot), [`ForeignSlot`](ErrorKind::ForeignSlot),
+    /// [`SlotBusy`](ErrorKind::SlotBusy), [`Unhealthy`](ErrorKind::Unhealthy). Nothing is changed.
+    pub fn pin(&self, slot: SlotId) -> Result<Pin> {
+        self.core.pin(slot)
+    }
+
+    /// Keeps the addresses of all tensors reserved, and no memory, until the pin and its clones are dropped.
+    #[must_use]
+    pub fn pin_addresses(&self) -> Pin {
+        self.core.pin_addresses()
     }
 
     /// A layer's keys or values by slot: `[slot, token, head, dim]`. A latent layer has keys alone,
@@ -397,6 +416,13 @@ impl KvCache {
             mapper.wake();
         }
         result
+    }
+}
+
+impl Drop for KvCache {
+    fn drop(&mut self) {
+        self.mapper = None;
+        self.core.close();
     }
 }
 

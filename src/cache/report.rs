@@ -31,8 +31,10 @@ pub struct SlotReport {
     pub active: bool,
     /// The tokens it holds.
     pub tokens: TokenCount,
-    /// Extents up to the last one that holds a byte of its tokens, over all tensors.
+    /// Extents up to the last one that holds a byte of its tokens, or that a pin keeps, over all tensors.
     pub mapped: Bytes,
+    /// What of that pins keep.
+    pub pinned: Bytes,
     /// All extents that are mapped for it, over all tensors, those beyond its tokens included.
     pub backed: Bytes,
     /// Extents in its way that the driver would not let go of.
@@ -60,10 +62,10 @@ impl Core {
                 .map(|slot| (slot, table.describe(slot)))
                 .filter(|(_, (state, _, [.., quarantined]))| *state != State::Empty || !quarantined.is_zero())
                 .map(|(index, (state, tokens, granules))| {
-                    let [mapped, backed, quarantined] =
+                    let [mapped, pinned, backed, quarantined] =
                         granules.map(|granules| self.layout.granule().to_bytes(granules));
                     let active = matches!(state, State::Active | State::Busy);
-                    SlotReport { index, active, tokens, mapped, backed, quarantined }
+                    SlotReport { index, active, tokens, mapped, pinned, backed, quarantined }
                 })
                 .collect(),
         });

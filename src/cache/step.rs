@@ -44,7 +44,11 @@ impl Core {
             self.counters.steps.bump();
             return Ok(());
         }
-        self.noted(self.check_health().and_then(|()| self.step_beyond(entries)))
+        self.noted(self.check_health().and_then(|()| {
+            let result = self.step_beyond(entries);
+            self.let_go_unpinned();
+            result
+        }))
     }
 
     /// A step in which some slot needs more than it has used so far.
@@ -94,8 +98,8 @@ impl Core {
             let result = self.perform(
                 work,
                 |table| {
-                    entries.iter().for_each(|entry| table.set_active(entry.slot.index()));
                     publish(table, &within, &beyond);
+                    entries.iter().for_each(|entry| table.set_active(entry.slot.index()));
                 },
                 |table| {
                     entries.iter().for_each(|entry| table.set_active(entry.slot.index()));
@@ -258,7 +262,8 @@ fn sketch(
         let kind = if limit < budget { ErrorKind::OutOfDeviceMemory } else { ErrorKind::OutOfBudget };
         let cure = match kind {
             ErrorKind::OutOfDeviceMemory => "another program holds the rest: free memory on the device",
-            _ => "retire or truncate slots, or raise the budget",
+            _ if table.pinned().is_zero() => "retire or truncate slots, or raise the budget",
+            _ => "retire or truncate slots, give up pins, or raise the budget",
         };
         let what = shortage(layout.granule(), table, usable, exact);
         return Err(Error::new(

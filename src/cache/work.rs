@@ -773,9 +773,18 @@ pub(super) fn shortage(
     missing: Granules,
 ) -> String {
     format!(
-        "{} more are needed, and of {} that may be held, slots in use need {}",
+        "{} more are needed, and of {} that may be held, slots in use need {}{}",
         granule.to_bytes(missing),
         granule.to_bytes(limit),
         granule.to_bytes(table.frontier()),
+        pinned(granule, table),
     )
+}
+
+/// What pins keep of what is needed, as an error goes on to tell it.
+pub(super) fn pinned(granule: GranuleSize, table: &SlotTable) -> String {
+    match table.pinned() {
+        Granules::ZERO => String::new(),
+        pinned => format!(", pinned memory included ({})", granule.to_bytes(pinned)),
+    }
 }

@@ -142,6 +142,14 @@ impl Reservation {
         self.size
     }
 
+    /// Whether so many bytes from `addr` on lie in it.
+    #[must_use]
+    pub fn contains(&self, addr: DeviceAddr, size: Bytes) -> bool {
+        let offset = addr.get().checked_sub(self.addr.get());
+        let end = offset.and_then(|offset| Bytes::new(offset).checked_add(size));
+        end.is_some_and(|end| end <= self.size)
+    }
+
     /// Puts memory behind the addresses from `offset` on, readable and writable. Whole or not at all.
     ///
     /// The range must be free of mappings: the room `tensor` keeps that book, and every driver

@@ -138,7 +138,7 @@ pub(super) fn stream(stream: *mut c_void) -> Stream {
 /// # Safety
 /// - `fences` is NULL, or `count` of them can be read there;
 /// - their streams and events are alive while the call lasts.
-unsafe fn read_fences(fences: *const vattn_fence, count: usize) -> Result<Vec<Fence>> {
+pub(super) unsafe fn read_fences(fences: *const vattn_fence, count: usize) -> Result<Vec<Fence>> {
     // SAFETY: as the caller promises.
     let fences = unsafe { args::slice("fences", fences, count) }?;
     let read = |fence: &vattn_fence| {
@@ -198,6 +198,9 @@ pub unsafe extern "C" fn vattn_cache_create(
 
 /// Ends a cache: waits for the calls under way and for the fences that were given, ends the mapper, and
 /// gives everything back. Addresses from its views must not be used any more. NULL is no error.
+///
+/// Under living pins the handle is dead all the same, and a warning is logged. What they do not keep is given
+/// back here, the rest as they go.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused;
@@ -458,7 +461,8 @@ pub unsafe extern "C" fn vattn_cache_trim(
 /// the fences of what is unmapped are waited for.
 ///
 /// Fails with `VATTN_INVALID_CONFIG` for a budget that `vattn_cache_create` would refuse,
-/// `VATTN_OUT_OF_BUDGET` where slots in use need more, and the driver's refusals. The old budget stays.
+/// `VATTN_OUT_OF_BUDGET` where slots in use and pins need more, and the driver's refusals. The old budget
+/// stays.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.

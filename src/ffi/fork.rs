@@ -15,7 +15,7 @@ mod unix {
     use std::sync::atomic::{AtomicU8, Ordering};
 
     use crate::ffi::entry::Failure;
-    use crate::ffi::handle::{CACHES, DRIVERS, GEOMETRIES};
+    use crate::ffi::handle::{BUFFERS, CACHES, DRIVERS, GEOMETRIES, PINS};
     use crate::ffi::library::STRINGS;
     use crate::ffi::log;
     use crate::ffi::status::vattn_status::VATTN_UNSUPPORTED;
@@ -43,9 +43,11 @@ mod unix {
     }
 
     unsafe extern "C" fn before() {
+        std::mem::forget(BUFFERS.free.lock());
         std::mem::forget(CACHES.free.lock());
         std::mem::forget(DRIVERS.free.lock());
         std::mem::forget(GEOMETRIES.free.lock());
+        std::mem::forget(PINS.free.lock());
         std::mem::forget(STRINGS.lock());
         std::mem::forget(log::CHANGING.lock());
     }
@@ -55,9 +57,11 @@ mod unix {
         unsafe {
             log::CHANGING.force_unlock();
             STRINGS.force_unlock();
+            PINS.free.force_unlock();
             GEOMETRIES.free.force_unlock();
             DRIVERS.free.force_unlock();
             CACHES.free.force_unlock();
+            BUFFERS.free.force_unlock();
         }
     }
 
@@ -67,9 +71,11 @@ mod unix {
         unsafe {
             anew(&log::CHANGING);
             anew(&STRINGS);
+            anew(&PINS.free);
             anew(&GEOMETRIES.free);
             anew(&DRIVERS.free);
             anew(&CACHES.free);
+            anew(&BUFFERS.free);
             log::in_child();
         }
     }

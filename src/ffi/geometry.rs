@@ -59,6 +59,11 @@ fn dtype(value: i32) -> Result<Option<Dtype>> {
     args::choice("dtype", value, &choices)
 }
 
+/// The type of an array's elements that a number stands for.
+pub(super) fn element(name: &str, value: i32) -> Result<Dtype> {
+    args::choice(name, value, &DTYPES)
+}
+
 impl From<Dtype> for vattn_dtype {
     fn from(dtype: Dtype) -> Self {
         match dtype {

@@ -15,17 +15,20 @@
 //! calls under way, while those that come later are refused. Places are made in blocks and never given up.
 
 use std::ops::Deref;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use super::buffer::vattn_buffer;
 use super::cache::vattn_cache;
 use super::driver::{DriverObject, vattn_driver};
 use super::entry::Failure;
 use super::fork;
 use super::geometry::vattn_geometry;
+use super::pin::{PinObject, vattn_pin};
 use super::status::vattn_status::{
     VATTN_FORKED, VATTN_INVALID_ARGUMENT, VATTN_INVALID_HANDLE, VATTN_UNSUPPORTED,
 };
+use crate::buffer::Buffer;
 use crate::cache::KvCache;
 use crate::geometry::Geometry;
 use crate::sync::{Leaf, ReadGuard, ReadWrite};
@@ -36,9 +39,11 @@ const _: () = assert!(size_of::<usize>() == 8, "a handle has 64 bits");
 const BLOCK: usize = 64;
 const BLOCKS: usize = 1024;
 
+pub(super) static BUFFERS: Handles<vattn_buffer, Arc<Buffer>> = Handles::new(0x42, "vattn_buffer");
 pub(super) static CACHES: Handles<vattn_cache, KvCache> = Handles::new(0x4b, "vattn_cache");
 pub(super) static DRIVERS: Handles<vattn_driver, DriverObject> = Handles::new(0x44, "vattn_driver");
 pub(super) static GEOMETRIES: Handles<vattn_geometry, Geometry> = Handles::new(0x47, "vattn_geometry");
+pub(super) static PINS: Handles<vattn_pin, PinObject> = Handles::new(0x50, "vattn_pin");
 
 /// All objects of one kind. `C` is what C calls it, `T` what it is.
 pub(super) struct Handles<C, T> {

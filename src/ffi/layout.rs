@@ -216,7 +216,7 @@ fn tensor(cache: &KvCache, number: u32) -> Result<vattn_tensor> {
     })
 }
 
-fn pointer(addr: u64) -> *mut std::ffi::c_void {
+pub(super) fn pointer(addr: u64) -> *mut std::ffi::c_void {
     std::ptr::with_exposed_provenance_mut(usize::from_le_bytes(addr.to_le_bytes()))
 }
 

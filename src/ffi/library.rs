@@ -6,6 +6,7 @@ use std::ffi::{CString, c_char};
 use super::args;
 use super::entry::{Failure, enter, plain};
 use super::status::vattn_status::{self, VATTN_INVALID_HANDLE};
+use crate::geometry::Catalog;
 use crate::sync::Leaf;
 
 /// The version of the ABI that this header describes. It changes where a program that was built with an
@@ -43,6 +44,31 @@ pub unsafe extern "C" fn vattn_probe_json(out: *mut *mut c_char) -> vattn_status
             "host": cfg!(target_os = "linux"),
         });
         out.set(keep_text(probe.to_string()));
+        Ok(())
+    })
+}
+
+/// The models and the kernels that can be named, as one JSON object with two arrays.
+///
+/// `presets`: `name`, `description`, `layers`, `kv_heads`, `key_dim`, `value_dim`, `dtype`, `bytes_per_token`.
+/// Where layers keep a latent, `key_dim` is its elements, and `kv_heads` and `value_dim` are 0.
+///
+/// `kernels`: `name`, `summary`, `evidence` (`measured` or `source`), `source`, `exact`, `tiles`, `latents`. One
+/// that is exact reads nothing past a length. Of any other the first of its `tiles` counts that has the type
+/// and is wide enough: each has `dtypes`, `key_dim`, `value_dim`, `tokens`, of which `tile_tokens` is to be a
+/// multiple. `latents` says as heads of which `key_dim` and `value_dim` one of `dim` is looked up.
+///
+/// Types have PyTorch's names. The text is the caller's: `vattn_string_destroy` gives it up.
+///
+/// # Safety
+/// - `out` is NULL, or a pointer can be written there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vattn_catalog_json(out: *mut *mut c_char) -> vattn_status {
+    enter("vattn_catalog_json", || {
+        super::fork::watch()?;
+        // SAFETY: as the caller promises.
+        let out = unsafe { args::out("out", out) }?;
+        out.set(keep_text(Catalog::new()?.to_json()));
         Ok(())
     })
 }

@@ -74,6 +74,11 @@ pub(super) static CHANGING: Leaf<()> = Leaf::new(());
 /// The listener's level, for those who would tell it nothing.
 static LEVEL: AtomicI32 = AtomicI32::new(0);
 
+/// Whether anybody is told anything.
+pub(super) fn is_heard() -> bool {
+    LEVEL.load(Ordering::Relaxed) != 0
+}
+
 /// Has the process's messages told to `callback`, those of `level` and of more importance. It replaces the
 /// one before; NULL, or `VATTN_LOG_OFF`, tells nobody. When it returns, the one before is not running and
 /// will not be called again.

@@ -17,7 +17,9 @@
 //! | `status.rs` | which statuses there are; the last error |
 //! | `library.rs` | versions, what this machine offers, strings |
 //! | `log.rs` | who is told what the library logs |
-//! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs` | one object of C each |
+//! | `geometry.rs`, `driver.rs`, `config.rs`, `cache.rs`, `pin.rs`, `buffer.rs` | one object of C each |
+//! | `dlpack.rs` | arrays over pinned memory, as other libraries take them |
+//! | `python.rs` | Python's capsules of them, and whether a thread has its lock |
 //! | `layout.rs`, `stats.rs` | structs that are filled for C |
 //! | `testing.rs` | drivers that fail on demand, fences that are fired by hand |
 //!
@@ -29,8 +31,10 @@
 #![expect(non_camel_case_types, reason = "the names are those of C")]
 
 mod args;
+mod buffer;
 mod cache;
 mod config;
+mod dlpack;
 mod driver;
 mod entry;
 mod fork;
@@ -39,12 +43,15 @@ mod handle;
 mod layout;
 mod library;
 mod log;
+mod pin;
+mod python;
 mod stats;
 mod status;
 mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use buffer::*;
 pub use cache::*;
 pub use config::*;
 pub use driver::*;
@@ -52,6 +59,7 @@ pub use geometry::*;
 pub use layout::*;
 pub use library::*;
 pub use log::*;
+pub use pin::*;
 pub use stats::*;
 pub use status::*;
 pub use testing::*;

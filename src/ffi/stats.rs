@@ -19,10 +19,10 @@ pub struct vattn_bytes {
     pub struct_size: usize,
     /// What the tokens of the slots in use fill, with no rounding at all.
     pub needed: u64,
-    /// Extents of slots in use, up to the last one that holds a byte of their tokens.
+    /// Extents of slots in use, up to the last one that holds a byte of their tokens, and those that pins keep.
     pub mapped: u64,
-    /// Extents that are mapped and hold nobody's tokens: all of a retired slot's, and what lies beyond the
-    /// tokens of a slot in use.
+    /// Extents that are mapped, hold nobody's tokens and are not pinned: all of a retired slot's, and what lies
+    /// beyond the tokens of a slot in use.
     pub parked: u64,
     /// What of `parked` was mapped ahead for slots in use.
     pub ahead: u64,
@@ -35,6 +35,8 @@ pub struct vattn_bytes {
     pub held: u64,
     /// What may be held at most, in whole granules.
     pub budget: u64,
+    /// What of `mapped` pins keep, whether anybody's tokens need it or not.
+    pub pinned: u64,
 }
 
 /// Everything that a cache counts, at one moment. `vattn_cache_stats_json` has more: calls of the driver by
@@ -80,6 +82,8 @@ pub struct vattn_stats {
     pub driver: vattn_call_stats,
     /// Those of them that were made beside the path of requests: by the mapper, or in `vattn_cache_tend`.
     pub background: vattn_call_stats,
+    /// Pins that are alive, DLPack tensors among them.
+    pub pins: u64,
 }
 
 /// Calls of the driver.
@@ -109,6 +113,7 @@ impl From<ByteCounts> for vattn_bytes {
             quarantined: bytes.quarantined.get(),
             held: bytes.held.get(),
             budget: bytes.budget.get(),
+            pinned: bytes.pinned.get(),
         }
     }
 }
@@ -182,6 +187,7 @@ pub unsafe extern "C" fn vattn_cache_stats(cache: *const vattn_cache, out: *mut 
             failures: snapshot.failures.values().sum(),
             driver: sum(snapshot.driver.values()),
             background: sum(snapshot.background.values()),
+            pins: snapshot.pins,
         });
         Ok(())
     })

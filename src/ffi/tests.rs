@@ -135,7 +135,8 @@ fn numbers_are_for_good() {
     assert_eq!(size_of::<vattn_config>(), 112);
     assert_eq!(offset_of!(vattn_config, extents_count), 104);
     assert_eq!(size_of::<vattn_view>(), 88);
-    assert_eq!(size_of::<vattn_stats>(), 176);
+    assert_eq!(size_of::<vattn_stats>(), 184);
+    assert_eq!((size_of::<vattn_pin_info>(), size_of::<vattn_array>()), (24, 40));
 }
 
 /// A config as a later header would have it.

@@ -58,39 +58,62 @@ enum Fa3 {
     Window,
 }
 
-/// The tiles of elements of so many bytes and of heads up to these widths.
+/// What a kernel loads at once for elements of these types and heads up to these widths.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[non_exhaustive]
+pub struct Tile {
+    /// The types of elements.
+    pub dtypes: &'static [Dtype],
+    /// The widest key.
+    pub key_dim: u32,
+    /// The widest value.
+    pub value_dim: u32,
+    /// Tokens.
+    pub tokens: u32,
+}
+
+/// The tiles of elements of these types and of heads up to these widths.
 struct Tiles {
-    bytes: u64,
+    dtypes: &'static [Dtype],
     key_dim: u32,
     value_dim: u32,
     /// In the order of [`Fa3`].
     tokens: [u32; 3],
 }
 
-const fn tiles(bytes: u64, key_dim: u32, value_dim: u32, tokens: [u32; 3]) -> Tiles {
-    Tiles { bytes, key_dim, value_dim, tokens }
+const fn tiles(dtypes: &'static [Dtype], key_dim: u32, value_dim: u32, tokens: [u32; 3]) -> Tiles {
+    Tiles { dtypes, key_dim, value_dim, tokens }
 }
+
+/// The types that FlashAttention-3 takes, by their size.
+const WIDE: &[Dtype] = &[Dtype::F16, Dtype::BF16];
+const NARROW: &[Dtype] = &[Dtype::F8E4M3];
+
+/// Where FlashAttention-3's tiles were read.
+const FA3_SOURCE: &str =
+    "kBlockN of tile_size_fwd_sm90 in hopper/tile_size.h of Dao-AILab/flash-attention, commit 07602ad";
+/// Where it stands what was seen of the others.
+const SEEN: &str = "docs/kernels.md";
 
 /// FlashAttention-3's tiles; the first row that is wide enough counts.
 ///
-/// They are the `kBlockN` of `tile_size_fwd_sm90` in hopper/tile_size.h of Dao-AILab/flash-attention,
-/// commit 07602ad, for memory that is not paged. That file has changed: earlier versions have 128 for
+/// They are those of [`FA3_SOURCE`], for memory that is not paged. That file has changed: earlier versions have 128 for
 /// 64-wide heads under a window, and 96 for values of 256. Since that commit a few query rows of
 /// 128-wide 8-bit heads may have 96.
 const FA3: [Tiles; 13] = [
-    tiles(2, 64, 64, [192, 128, 160]),
-    tiles(2, 64, 256, [112, 112, 112]),
-    tiles(2, 64, 512, [64, 64, 64]),
-    tiles(2, 96, 96, [144, 144, 128]),
-    tiles(2, 128, 128, [176, 128, 128]),
-    tiles(2, 192, 128, [128, 128, 96]),
-    tiles(2, 192, 192, [112, 112, 96]),
-    tiles(2, 256, 256, [80, 80, 64]),
-    tiles(1, 64, 64, [160, 160, 160]),
-    tiles(1, 96, 96, [128, 128, 128]),
-    tiles(1, 128, 128, [224, 224, 224]),
-    tiles(1, 192, 192, [160, 160, 160]),
-    tiles(1, 256, 256, [128, 128, 64]),
+    tiles(WIDE, 64, 64, [192, 128, 160]),
+    tiles(WIDE, 64, 256, [112, 112, 112]),
+    tiles(WIDE, 64, 512, [64, 64, 64]),
+    tiles(WIDE, 96, 96, [144, 144, 128]),
+    tiles(WIDE, 128, 128, [176, 128, 128]),
+    tiles(WIDE, 192, 128, [128, 128, 96]),
+    tiles(WIDE, 192, 192, [112, 112, 96]),
+    tiles(WIDE, 256, 256, [80, 80, 64]),
+    tiles(NARROW, 64, 64, [160, 160, 160]),
+    tiles(NARROW, 96, 96, [128, 128, 128]),
+    tiles(NARROW, 128, 128, [224, 224, 224]),
+    tiles(NARROW, 192, 192, [160, 160, 160]),
+    tiles(NARROW, 256, 256, [128, 128, 64]),
 ];
 
 /// A latent as FlashAttention-3 takes it: its rotary part as keys, the rest as values.
@@ -161,23 +184,50 @@ impl Kernel {
     /// past the length. `None` where it is not known, or the kernel takes no such layer.
     #[must_use]
     pub fn tile_tokens(&self, kind: &LayerKind, dtype: Dtype) -> Option<u32> {
-        let (mode, key, value) = match (self.reads, *kind) {
-            (Reads::Exact, LayerKind::Kv { .. }) => return Some(1),
-            (Reads::Fa3(mode), LayerKind::Kv { key_dim, value_dim, .. }) => (mode, key_dim, value_dim),
-            (Reads::Fa3(mode), LayerKind::Latent { dim }) if dim == LATENT.0 => (mode, LATENT.1, LATENT.2),
-            (_, LayerKind::Latent { .. }) => return None,
+        let (key, value) = match *kind {
+            LayerKind::Kv { .. } if self.is_exact() => return Some(1),
+            LayerKind::Kv { key_dim, value_dim, .. } => (key_dim, value_dim),
+            LayerKind::Latent { dim } => match self.latent()? {
+                (taken, key, value) if taken == dim => (key, value),
+                _ => return None,
+            },
         };
-        if !matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F8E4M3) {
-            return None;
-        }
-        let wide_enough =
-            |row: &&Tiles| row.bytes == dtype.bytes().get() && key <= row.key_dim && value <= row.value_dim;
-        let [one, causal, window] = FA3.iter().find(wide_enough)?.tokens;
-        Some(match mode {
-            Fa3::One => one,
-            Fa3::Causal => causal,
-            Fa3::Window => window,
+        let fits = |row: &Tile| row.dtypes.contains(&dtype) && key <= row.key_dim && value <= row.value_dim;
+        Some(self.tiles().find(fits)?.tokens)
+    }
+
+    /// Its tiles; the first row that has the type and is wide enough counts. None where nothing past the
+    /// length is read.
+    pub fn tiles(&self) -> impl Iterator<Item = Tile> {
+        let rows: &[Tiles] = if self.is_exact() { &[] } else { &FA3 };
+        let reads = self.reads;
+        rows.iter().map(move |row| {
+            let Tiles { dtypes, key_dim, value_dim, tokens: [one, causal, window] } = *row;
+            let tokens = match reads {
+                Reads::Exact => 1,
+                Reads::Fa3(Fa3::One) => one,
+                Reads::Fa3(Fa3::Causal) => causal,
+                Reads::Fa3(Fa3::Window) => window,
+            };
+            Tile { dtypes, key_dim, value_dim, tokens }
         })
+    }
+
+    /// Whether nothing past the length is read.
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        self.reads == Reads::Exact
+    }
+
+    /// Where it can be read how far it reads.
+    #[must_use]
+    pub fn source(&self) -> &'static str {
+        if self.is_exact() { SEEN } else { FA3_SOURCE }
+    }
+
+    /// The latent that it takes, if any: its elements, and those of them that it takes for keys and values.
+    pub(super) fn latent(&self) -> Option<(u32, u32, u32)> {
+        (!self.is_exact()).then_some(LATENT)
     }
 }
 

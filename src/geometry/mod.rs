@@ -22,13 +22,15 @@ use std::str::FromStr;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::Bytes;
 
+mod catalog;
 mod config;
 mod hf;
 mod kernels;
 mod presets;
 
+pub use catalog::{Catalog, KernelEntry, LatentEntry, PresetEntry};
 pub use config::{Background, Commit, Config, ConfigBuilder, KvOrder, LayoutChoice, LayoutKind, Reclaim};
-pub use kernels::{Evidence, Kernel};
+pub use kernels::{Evidence, Kernel, Tile};
 
 /// The type of a cache's elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize)]

@@ -60,6 +60,17 @@ struct State {
     ended: bool,
 }
 
+/// Wakes the thread; once that has ended, nothing.
+#[derive(Debug)]
+pub(crate) struct Waker(Arc<Monitor<State>>);
+
+impl Waker {
+    /// Has it take a turn, now or after the one it is in.
+    pub(crate) fn wake(&self) {
+        wake(&self.0);
+    }
+}
+
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Mapper {
@@ -90,13 +101,12 @@ impl Mapper {
 
     /// Has it take a turn, now or after the one it is in.
     pub(crate) fn wake(&self) {
-        let mut state = self.state.lock();
-        state.woken = true;
-        let waits = matches!(state.doing, Doing::Resting | Doing::Pausing);
-        drop(state);
-        if waits {
-            self.state.notify_all();
-        }
+        wake(&self.state);
+    }
+
+    /// What wakes it from elsewhere.
+    pub(crate) fn waker(&self) -> Waker {
+        Waker(Arc::clone(&self.state))
     }
 
     /// Blocks until it has nothing to do, or is gone. Whoever woke it before waits until that has been
@@ -123,6 +133,16 @@ impl Drop for Mapper {
             // A turn that panicked was caught in the thread.
             let _ = thread.join();
         }
+    }
+}
+
+fn wake(monitor: &Monitor<State>) {
+    let mut state = monitor.lock();
+    state.woken = true;
+    let waits = matches!(state.doing, Doing::Resting | Doing::Pausing);
+    drop(state);
+    if waits {
+        monitor.notify_all();
     }
 }
 
@@ -161,7 +181,7 @@ fn work(state: &Monitor<State>, mut turn: impl FnMut() -> Turn) {
 }
 
 /// The words of a panic, if there was one.
-fn catch(run: impl FnOnce()) -> Result<(), String> {
+pub(crate) fn catch(run: impl FnOnce()) -> Result<(), String> {
     // Loom ends a model that fails by a panic of its own.
     #[cfg(loom)]
     {

@@ -10,14 +10,14 @@ impl SlotTable {
         let (mut frontier, mut backed, mut quarantined) = (Granules::ZERO, Granules::ZERO, Granules::ZERO);
         let mut tokens = TokenCount::ZERO;
         let (mut active, mut parked) = (0, 0);
-        let mut total_ahead = Granules::ZERO;
+        let (mut total_ahead, mut pinned) = (Granules::ZERO, Granules::ZERO);
         for (slot, (record, hot)) in (0..).zip(self.records.iter().zip(&self.hot)) {
             for (run, tensor) in record.runs.iter().zip(self.layout.tensors()) {
                 let listed: Granules = run.pieces().iter().map(Piece::granules).sum();
                 if listed != run.end() {
                     return Err(format!("slot {slot}: pieces of {listed} granules end at {}", run.end()));
                 }
-                let need = tensor.granules(self.layout.round_to_tile(hot.tokens));
+                let need = tensor.granules(self.layout.round_to_tile(hot.tokens).max(self.pinned_to(slot)));
                 if run.frontier() < need {
                     return Err(format!(
                         "slot {slot}: {} granules are backed and {need} needed",
@@ -28,6 +28,14 @@ impl SlotTable {
                 backed += run.end();
                 quarantined += run.quarantined_granules();
             }
+            let of_pins = self.granules_backing(slot, self.pinned_to(slot));
+            if of_pins != record.pinned {
+                return Err(format!(
+                    "slot {slot}: pins keep {of_pins} granules, {} are counted",
+                    record.pinned
+                ));
+            }
+            pinned += of_pins;
             tokens += hot.tokens;
             let spare = record.runs.iter().any(|run| run.spare().is_some());
             let pieces = record.runs.iter().any(|run| !run.pieces().is_empty());
@@ -74,20 +82,29 @@ impl SlotTable {
             }
         }
         let listed = wide(self.by_room.len());
-        let totals = (frontier, backed, quarantined, total_ahead, tokens, active, parked);
-        let counted =
-            (self.frontier, self.backed, self.quarantined, self.ahead, self.tokens, self.active, listed);
+        let totals = (frontier, backed, quarantined, total_ahead, pinned, tokens, active, parked);
+        let counted = (
+            self.frontier,
+            self.backed,
+            self.quarantined,
+            self.ahead,
+            self.pinned,
+            self.tokens,
+            self.active,
+            listed,
+        );
         if totals != counted {
             return Err(format!("the records add up to {totals:?}, the totals say {counted:?}"));
         }
         Ok(backed + quarantined)
     }
 
-    /// One slot's state, tokens and granules: mapped for them, backed in all, quarantined.
-    pub(crate) fn describe(&self, slot: u32) -> (State, TokenCount, [Granules; 3]) {
+    /// One slot's state, tokens and granules: mapped for them and for pins, kept by pins, backed in all,
+    /// quarantined.
+    pub(crate) fn describe(&self, slot: u32) -> (State, TokenCount, [Granules; 4]) {
         let record = &self.records[index(slot)];
         let mapped = record.runs.iter().map(Run::frontier).sum();
         let backed = record.runs.iter().map(Run::end).sum();
-        (record.state, self.hot[index(slot)].tokens, [mapped, backed, record.quarantined])
+        (record.state, self.hot[index(slot)].tokens, [mapped, record.pinned, backed, record.quarantined])
     }
 }

@@ -59,7 +59,10 @@ impl Wish {
     pub(crate) fn score(&self, run: &Run) -> f64 {
         let pieces = run.pieces();
         let (mut next, mut end, held, mappings) = match run.covering(self.need) {
-            Some(count) if run.boundary(count) - self.need <= self.terms.overshoot(self.short) => {
+            Some(count)
+                if count <= run.needed()
+                    || run.boundary(count) - self.need <= self.terms.overshoot(self.short) =>
+            {
                 (count, run.boundary(count), run.end(), 0.0)
             }
             Some(count) => {

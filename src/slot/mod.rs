@@ -17,6 +17,7 @@
 //!
 //! Invariants, checked by [`SlotTable::audit`]:
 //! - an active slot's tokens lie within its frontier: what is handed out is backed;
+//! - a slot's pins lie within its frontier, whoever has it: what is pinned is never taken;
 //! - the totals are the sums over the runs;
 //! - every parked slot, and no other, is in the order for adoption; every slot with memory that holds
 //!   nobody's tokens is in the order for reclaiming.
@@ -25,14 +26,14 @@
 
 mod ahead;
 mod audit;
-mod fence;
 pub(crate) mod fit;
 pub(crate) mod growth;
+mod pins;
 
+pub(crate) use crate::fence::{Kept as Fence, add as add_fences};
 pub(crate) use ahead::Due;
-pub(crate) use fence::{Fence, add as add_fences};
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -57,7 +58,8 @@ pub(crate) enum State {
     Empty,
     /// A request has it. Its owner may step, truncate and retire it.
     Active,
-    /// Nobody has it, but its extents are still mapped. It may be adopted, and its extents taken.
+    /// Nobody has it, but its extents are still mapped. It may be adopted, and its extents taken but for
+    /// those that pins keep.
     Parked,
     /// An operation that names it is under way and holds no lock; only that operation may touch it.
     /// It goes back to what it was when the operation ends, whichever way.
@@ -122,6 +124,12 @@ struct Record {
     /// Up to how many tokens it has memory, when that was last looked at.
     usable: TokenCount,
     growth: Growth,
+    /// Its pins: how many there are of so many tokens.
+    pins: BTreeMap<TokenCount, usize>,
+    /// Granules of the pieces that they keep.
+    pinned: Granules,
+    /// A pin was given up while the slot was busy: what it needs is to be worked out anew.
+    unpinned: bool,
 }
 
 /// The place in the order in which memory that holds nobody's tokens is taken: what was mapped ahead for
@@ -170,9 +178,12 @@ pub(crate) struct SlotTable {
     quarantined: Granules,
     ahead: Granules,
     ahead_wished: Granules,
+    pinned: Granules,
     active: u64,
     /// Fences that nobody needs any more, to be destroyed where no lock is held.
     trash: Vec<Fence>,
+    /// Slots of which a pin was given up while they were busy, and which are not any more.
+    unpinned: Vec<SlotId>,
     spare: Option<u32>,
     counters: Arc<Counters>,
 }
@@ -250,6 +261,9 @@ impl SlotTable {
             wish: TokenCount::ZERO,
             usable: TokenCount::ZERO,
             growth: Growth::Enough,
+            pins: BTreeMap::new(),
+            pinned: Granules::ZERO,
+            unpinned: false,
         };
         let slots = layout.slots();
         counters.max_slots.set(u64::from(slots) - u64::from(spare.is_some()));
@@ -275,8 +289,10 @@ impl SlotTable {
             quarantined: Granules::ZERO,
             ahead: Granules::ZERO,
             ahead_wished: Granules::ZERO,
+            pinned: Granules::ZERO,
             active: 0,
             trash: Vec::new(),
+            unpinned: Vec::new(),
             spare,
             layout,
             counters,
@@ -307,7 +323,7 @@ impl SlotTable {
         Arc::clone(&self.layout)
     }
 
-    /// Granules that slots in use need: what can't be reclaimed.
+    /// Granules that slots in use need, and those that pins keep: what can't be reclaimed.
     pub(crate) fn frontier(&self) -> Granules {
         self.frontier
     }
@@ -317,7 +333,7 @@ impl SlotTable {
         self.quarantined
     }
 
-    /// What of `limit` slots in use do not need, and the driver does not hold on to.
+    /// What of `limit` slots in use and pins do not need, and the driver does not hold on to.
     pub(crate) fn left_of(&self, limit: Granules) -> Granules {
         limit.saturating_sub(self.frontier + self.quarantined)
     }
@@ -479,11 +495,17 @@ impl SlotTable {
         self.hot[index(slot)].live = 0;
     }
 
-    /// Ends what [`set_busy`](Self::set_busy) began.
+    /// Ends what [`set_busy`](Self::set_busy) began, once the tokens are published.
     pub(crate) fn set_active(&mut self, slot: u32) {
         let record = &mut self.records[index(slot)];
         record.state = State::Active;
         self.hot[index(slot)].live = record.generation;
+        if std::mem::take(&mut record.unpinned) {
+            self.renew_age(slot);
+            self.restore_needed(slot);
+            self.revive();
+            self.unpinned.push(SlotId::new(slot, self.cache, self.generation(slot)));
+        }
     }
 
     /// Publishes a slot's tokens: its runs cover them.
@@ -500,15 +522,9 @@ impl SlotTable {
         self.count_tokens();
     }
 
-    /// Works out anew how many pieces the slot's tokens need.
+    /// Works out anew how many pieces the slot's tokens and pins need.
     pub(crate) fn restore_needed(&mut self, slot: u32) {
-        let layout = Arc::clone(&self.layout);
-        let backed = layout.round_to_tile(self.tokens(slot));
-        for (tensor, layout) in layout.tensors().iter().enumerate() {
-            let place = Place { slot, tensor };
-            let pieces = self.run(place).covering(layout.granules(backed));
-            self.set_needed(place, pieces.expect("tokens are published after their memory"));
-        }
+        self.work_out_needed(slot);
         self.settle(slot);
     }
 
@@ -649,10 +665,8 @@ impl SlotTable {
         self.tokens -= hot.tokens;
         hot.tokens = TokenCount::ZERO;
         hot.live = 0;
-        for tensor in 0..self.layout.tensors().len() {
-            self.set_needed(Place { slot, tensor }, 0);
-            self.records[index(slot)].runs[tensor].forget_ahead();
-        }
+        self.work_out_needed(slot);
+        self.records[index(slot)].runs.iter_mut().for_each(Run::forget_ahead);
         self.active -= 1;
         self.renew_age(slot);
         let record = &mut self.records[index(slot)];
@@ -727,7 +741,9 @@ impl SlotTable {
             spare |= run.spare().is_some();
             pieces |= !run.pieces().is_empty();
         }
-        self.hot[index(slot)].edge = self.layout.tile_floor(within);
+        // Pins may back a slot of no tokens, whose first step is not one like any other.
+        let hot = &mut self.hot[index(slot)];
+        hot.edge = if hot.tokens.is_zero() { TokenCount::ZERO } else { self.layout.tile_floor(within) };
         if record.state == State::Parked {
             if backed != record.backed || !pieces {
                 self.by_room.remove(&(record.backed, slot));
@@ -783,7 +799,7 @@ impl SlotTable {
     }
 
     fn add_fences(&mut self, slot: u32, fences: Vec<Fence>) {
-        let dropped = fence::add(&mut self.records[index(slot)].fences, fences);
+        let dropped = add_fences(&mut self.records[index(slot)].fences, fences);
         self.trash.extend(dropped);
     }
 
@@ -841,6 +857,7 @@ impl SlotTable {
         self.counters.mapped.set(granule.to_bytes(self.frontier).get());
         self.counters.parked.set(granule.to_bytes(self.parked()).get());
         self.counters.ahead.set(granule.to_bytes(self.ahead).get());
+        self.counters.pinned.set(granule.to_bytes(self.pinned).get());
         self.counters.quarantined.set(granule.to_bytes(self.quarantined).get());
     }
 }

@@ -111,6 +111,7 @@ pub struct Counters {
     pub mapped: Gauge,
     pub parked: Gauge,
     pub ahead: Gauge,
+    pub pinned: Gauge,
     pub free: Gauge,
     pub quarantined: Gauge,
     pub held: Gauge,
@@ -118,6 +119,7 @@ pub struct Counters {
     pub active_slots: Gauge,
     pub parked_slots: Gauge,
     pub max_slots: Gauge,
+    pub pins: Gauge,
     pub steps: Tally,
     pub acquired: Tally,
     pub adopted: Tally,
@@ -175,6 +177,7 @@ impl Counters {
             quarantined: Bytes::new(self.quarantined.get()),
             held: Bytes::new(self.held.get()),
             budget: Bytes::new(self.budget.get()),
+            pinned: Bytes::new(self.pinned.get()),
         }
     }
 
@@ -189,6 +192,7 @@ impl Counters {
                 parked: self.parked_slots.get(),
                 max: self.max_slots.get(),
             },
+            pins: self.pins.get(),
             extents: SizeClass::all()
                 .map(|class| ClassStats {
                     granules: class.granules(),

@@ -15,6 +15,8 @@ pub struct Snapshot {
     pub bytes: ByteCounts,
     /// How many slots are used for what.
     pub slots: SlotCounts,
+    /// Pins that are alive, each clone of one counted.
+    pub pins: u64,
     /// Extents by size, smallest first.
     pub extents: Vec<ClassStats>,
     /// Calls of the driver by verb.
@@ -42,10 +44,11 @@ pub struct ByteCounts {
     /// What the tokens of the slots in use fill, with no rounding at all: the packed floor. The
     /// tokens of the spare slot are among them.
     pub needed: Bytes,
-    /// Extents of slots in use, up to the last one that holds a byte of their tokens.
+    /// Extents of slots in use, up to the last one that holds a byte of their tokens, and those that pins
+    /// keep.
     pub mapped: Bytes,
-    /// Extents that are mapped and hold nobody's tokens: all of a retired slot's, and what lies
-    /// beyond the tokens of a slot in use.
+    /// Extents that are mapped, hold nobody's tokens and are not pinned: all of a retired slot's, and what
+    /// lies beyond the tokens of a slot in use.
     pub parked: Bytes,
     /// What of `parked` was mapped ahead for slots in use. It is `parked` all the same: whoever needs it
     /// may take it.
@@ -59,6 +62,8 @@ pub struct ByteCounts {
     pub held: Bytes,
     /// What may be held at most, in whole granules.
     pub budget: Bytes,
+    /// What of `mapped` pins keep, whether anybody's tokens need it or not.
+    pub pinned: Bytes,
 }
 
 /// How many slots are used for what.

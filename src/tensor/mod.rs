@@ -23,7 +23,7 @@ use crate::driver::owned::{DriverHandle, MapError, Mapping, Reservation};
 use crate::error::{Error, Result};
 use crate::layout::TensorLayout;
 use crate::pool::Extent;
-use crate::units::{DeviceAddr, GranuleSize, Granules};
+use crate::units::{Bytes, DeviceAddr, GranuleSize, Granules};
 
 /// The addresses of one tensor.
 #[derive(Debug)]
@@ -42,6 +42,11 @@ impl Tensor {
 
     pub(crate) fn addr(&self) -> DeviceAddr {
         self.reservation.addr()
+    }
+
+    /// Whether so many bytes from `addr` on are its own.
+    pub(crate) fn contains(&self, addr: DeviceAddr, size: Bytes) -> bool {
+        self.reservation.contains(addr, size)
     }
 
     /// Maps an extent into a slot's part, from granule `at` on.
@@ -107,7 +112,7 @@ impl Piece {
 #[derive(Debug, Default)]
 pub(crate) struct Run {
     pieces: Vec<Piece>,
-    /// How many pieces, from the start, hold a byte of the owner's tokens.
+    /// How many pieces, from the start, hold a byte of the owner's tokens, or are pinned.
     needed: usize,
     /// How many pieces, at the end, were mapped ahead for the present owner.
     ahead: usize,
@@ -120,7 +125,7 @@ impl Run {
         self.pieces.last().map_or(Granules::ZERO, Piece::end)
     }
 
-    /// Granules of the pieces that hold a byte of the owner's tokens.
+    /// Granules of the pieces that hold a byte of the owner's tokens, or that a pin keeps.
     pub(crate) fn frontier(&self) -> Granules {
         self.boundary(self.needed)
     }
@@ -178,12 +183,12 @@ impl Run {
         self.ahead = 0;
     }
 
-    /// The last piece, if it holds nobody's tokens.
+    /// The last piece, if it holds nobody's tokens and no pin keeps it.
     pub(crate) fn spare(&self) -> Option<&Piece> {
         if self.pieces.len() > self.needed { self.pieces.last() } else { None }
     }
 
-    /// Takes the last piece out, if it holds nobody's tokens.
+    /// Takes the last piece out, if it holds nobody's tokens and no pin keeps it.
     pub(crate) fn pop_spare(&mut self) -> Option<Piece> {
         if self.pieces.len() == self.needed {
             return None;

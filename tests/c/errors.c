@@ -107,6 +107,11 @@ static void strings(void) {
     CHECK_FAILS(VATTN_INVALID_HANDLE, "0x1 is no string", vattn_string_destroy((char *)(uintptr_t)1));
     CHECK_OK(vattn_string_destroy(NULL));
     CHECK_FAILS(VATTN_INVALID_ARGUMENT, "out is NULL", vattn_probe_json(NULL));
+    CHECK_OK(vattn_catalog_json(&text));
+    CHECK(strstr(text, "{\"presets\":[{\"name\":\"yi-6b\",") == text);
+    CHECK(strstr(text, "{\"name\":\"fa3-decode\",\"summary\":") != NULL);
+    CHECK_OK(vattn_string_destroy(text));
+    CHECK_FAILS(VATTN_INVALID_ARGUMENT, "out is NULL", vattn_catalog_json(NULL));
 }
 
 int main(void) {

@@ -31,7 +31,11 @@ static inline void every_driver_call_fails(const world *good, vattn_driver *bad,
     vattn_live live;
     vattn_driver *driver;
     vattn_cache *cache;
+    vattn_buffer *buffer;
+    vattn_buffer_options options;
     void *stream = (void *)(uintptr_t)7;
+    SIZED(options);
+    options.size = 1;
     CHECK_FAILS_SIZED(status, part, info, vattn_driver_describe(bad, &info));
     check_fill(&second, 0, sizeof second);
     CHECK_FAILS_OUT(status, part, first, vattn_driver_memory(bad, &first, &second));
@@ -45,6 +49,7 @@ static inline void every_driver_call_fails(const world *good, vattn_driver *bad,
     CHECK_FAILS(status, part, vattn_driver_fire(bad, stream));
     CHECK_FAILS(status, part, vattn_driver_set_capturing(bad, stream, 1));
     CHECK_FAILS_OUT(status, part, cache, vattn_cache_create(&good->config, good->geometry, bad, &cache));
+    CHECK_FAILS_OUT(status, part, buffer, vattn_buffer_create(&options, bad, &buffer));
     if (bad != NULL) CHECK_FAILS(status, part, vattn_driver_destroy(bad));
 }
 
@@ -65,6 +70,7 @@ static inline void every_cache_call_fails(vattn_cache *bad, vattn_slot_tokens en
     int32_t health;
     bool truth;
     char *text;
+    vattn_pin *pin;
     CHECK_FAILS_OUT(status, part, slot, vattn_cache_acquire(bad, 8, &slot));
     CHECK_FAILS_OUT(status, part, slot, vattn_cache_acquire_on(bad, 8, NULL, &slot));
     CHECK_FAILS(status, part, vattn_cache_step(bad, &entry, 1));
@@ -90,7 +96,31 @@ static inline void every_cache_call_fails(vattn_cache *bad, vattn_slot_tokens en
     CHECK_FAILS_OUT(status, part, view, vattn_cache_view(bad, 0, VATTN_KEY, &view));
     CHECK_FAILS_OUT(status, part, view, vattn_cache_paged_view(bad, 0, VATTN_KEY, &view));
     CHECK_FAILS_OUT(status, part, view, vattn_cache_token_view(bad, 0, VATTN_KEY, &view));
+    CHECK_FAILS_OUT(status, part, pin, vattn_pin_create(bad, &entry.slot, &pin));
+    CHECK_FAILS_OUT(status, part, pin, vattn_pin_create(bad, NULL, &pin));
     if (bad != NULL) CHECK_FAILS(status, part, vattn_cache_destroy(bad));
+}
+
+static inline void every_buffer_call_fails(vattn_buffer *bad, int32_t status, const char *part) {
+    const vattn_fence idle = vattn_fence_idle();
+    vattn_buffer_info info;
+    vattn_pin *pin;
+    CHECK_FAILS_OUT(status, part, pin, vattn_pin_create_buffer(bad, &pin));
+    CHECK_FAILS(status, part, vattn_buffer_commit(bad, 0, 1));
+    CHECK_FAILS(status, part, vattn_buffer_decommit(bad, 0, 1, &idle, 1));
+    CHECK_FAILS_SIZED(status, part, info, vattn_buffer_describe(bad, &info));
+    if (bad != NULL) CHECK_FAILS(status, part, vattn_buffer_destroy(bad));
+}
+
+static inline void every_pin_call_fails(vattn_pin *bad, int32_t status, const char *part) {
+    vattn_pin_info info;
+    vattn_array array;
+    void *tensor;
+    SIZED(array);
+    array.dtype = VATTN_DTYPE_F16;
+    CHECK_FAILS_SIZED(status, part, info, vattn_pin_describe(bad, &info));
+    CHECK_FAILS_OUT(status, part, tensor, vattn_pin_dlpack(bad, &array, 1, &tensor));
+    if (bad != NULL) CHECK_FAILS(status, part, vattn_pin_destroy(bad));
 }
 
 /* The functions that take no handle. */
@@ -118,7 +148,9 @@ static inline void every_free_call_fails(int32_t status, const char *part) {
     CHECK_FAILS_SIZED(status, part, device, vattn_cuda_device_describe(0, &device));
     CHECK_FAILS_OUT(status, part, config, vattn_config_init(&config, sizeof config));
     CHECK_FAILS_OUT(status, part, text, vattn_probe_json(&text));
+    CHECK_FAILS_OUT(status, part, text, vattn_catalog_json(&text));
     CHECK_FAILS(status, part, vattn_string_destroy(NULL));
+    CHECK_FAILS(status, part, vattn_dlpack_destroy(NULL, 1));
     CHECK_FAILS(status, part, vattn_log_set(NULL, NULL, VATTN_LOG_OFF));
 }
 

@@ -7,12 +7,15 @@
 
 #include "every.h"
 
+static vattn_buffer *parents_buffer;
+
 /* In a child: what it inherits is refused, in every function. */
 static void inherited(const world *parents, const world *good, vattn_slot_tokens entry) {
     every_geometry_call_fails(good, parents->geometry, VATTN_FORKED, "the vattn_geometry was made before fork");
     every_driver_call_fails(good, parents->driver, VATTN_FORKED, "the vattn_driver was made before fork");
     every_driver_call_fails(good, parents->host, VATTN_FORKED, "the vattn_driver was made before fork");
     every_cache_call_fails(parents->cache, entry, VATTN_FORKED, "the vattn_cache was made before fork");
+    every_buffer_call_fails(parents_buffer, VATTN_FORKED, "the vattn_buffer was made before fork");
 }
 
 static void some_work(const world *made, unsigned owner) {
@@ -203,6 +206,7 @@ int main(void) {
     CHECK_OK(vattn_cache_step(made.cache, &entry, 1));
     world_write(made.cache, 1, entry);
     CHECK_OK(vattn_cache_stats_json(made.cache, &text));
+    parents_buffer = world_buffer(made.driver);
     many = entry;
     many.tokens = 1000;
     CHECK_FAILS(VATTN_TOO_MANY_TOKENS, "1000", vattn_cache_step(made.cache, &many, 1));
@@ -213,6 +217,8 @@ int main(void) {
     CHECK_OK(vattn_string_destroy(text));
     world_read(made.cache, 1, entry);
     some_work(&made, 5);
+    CHECK_OK(vattn_buffer_commit(parents_buffer, 0, 1));
+    CHECK_OK(vattn_buffer_destroy(parents_buffer));
     world_end(&made);
     while_others_make_objects();
     while_a_callback_runs();

@@ -2,7 +2,7 @@
 #include "every.h"
 
 static void garbage(const world *made) {
-    const uintptr_t numbers[] = {1,          0x44,       0x47,       0x4b,
+    const uintptr_t numbers[] = {1,          0x42,       0x44,       0x47,       0x4b,       0x50,
                                  0x7fffffff, UINTPTR_MAX, 0x5a5a5a5a, (uintptr_t)1 << 63};
     vattn_slot_tokens entry = world_acquire(made->cache, 8);
     int local = 0;
@@ -10,6 +10,8 @@ static void garbage(const world *made) {
         every_geometry_call_fails(made, (vattn_geometry *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_geometry");
         every_driver_call_fails(made, (vattn_driver *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_driver");
         every_cache_call_fails((vattn_cache *)numbers[nth], entry, VATTN_INVALID_HANDLE, "vattn_cache");
+        every_buffer_call_fails((vattn_buffer *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_buffer");
+        every_pin_call_fails((vattn_pin *)numbers[nth], VATTN_INVALID_HANDLE, "vattn_pin");
     }
     every_geometry_call_fails(made, (vattn_geometry *)(void *)&local, VATTN_INVALID_HANDLE, "vattn_geometry");
     every_driver_call_fails(made, (vattn_driver *)(void *)&local, VATTN_INVALID_HANDLE, "vattn_driver");
@@ -28,6 +30,8 @@ static void null(const world *made) {
     every_geometry_call_fails(made, NULL, VATTN_INVALID_ARGUMENT, "the vattn_geometry is NULL");
     every_driver_call_fails(made, NULL, VATTN_INVALID_ARGUMENT, "the vattn_driver is NULL");
     every_cache_call_fails(NULL, entry, VATTN_INVALID_ARGUMENT, "the vattn_cache is NULL");
+    every_pin_call_fails(NULL, VATTN_INVALID_ARGUMENT, "the vattn_pin is NULL");
+    CHECK_OK(vattn_pin_destroy(NULL));
     CHECK_OK(vattn_cache_destroy(NULL));
     CHECK_OK(vattn_driver_destroy(NULL));
     CHECK_OK(vattn_geometry_destroy(NULL));
@@ -41,14 +45,19 @@ static void of_another_type(const world *made) {
     every_driver_call_fails(made, (vattn_driver *)(void *)made->cache, VATTN_INVALID_HANDLE, "is no vattn_driver");
     every_cache_call_fails((vattn_cache *)(void *)made->geometry, entry, VATTN_INVALID_HANDLE, "is no vattn_cache");
     every_cache_call_fails((vattn_cache *)(void *)made->driver, entry, VATTN_INVALID_HANDLE, "is no vattn_cache");
+    every_pin_call_fails((vattn_pin *)(void *)made->cache, VATTN_INVALID_HANDLE, "is no vattn_pin");
 }
 
 /* Objects may go in any order, and none comes back. */
 static void destroyed(const world *made) {
     world gone;
     vattn_slot_tokens entry;
+    vattn_pin *pin = NULL;
     world_make(&gone, VATTN_BACKGROUND_THREAD);
     entry = world_acquire(gone.cache, 8);
+    CHECK_OK(vattn_pin_create(gone.cache, NULL, &pin));
+    CHECK_OK(vattn_pin_destroy(pin));
+    every_pin_call_fails(pin, VATTN_INVALID_HANDLE, "the vattn_pin has been destroyed");
     CHECK_OK(vattn_geometry_destroy(gone.geometry));
     CHECK_OK(vattn_driver_destroy(gone.host));
     CHECK_OK(vattn_driver_destroy(gone.driver));

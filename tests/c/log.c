@@ -4,6 +4,7 @@
 typedef struct {
     const world *made;
     vattn_slot_tokens entry;
+    vattn_buffer *buffer;
     unsigned long told;
     int32_t most;
 } listener;
@@ -25,6 +26,7 @@ static void call_everything(void *user, int32_t level, const char *target, const
     every_geometry_call_fails(made, made->geometry, VATTN_IN_CALLBACK, said);
     every_driver_call_fails(made, made->driver, VATTN_IN_CALLBACK, said);
     every_cache_call_fails(made->cache, told->entry, VATTN_IN_CALLBACK, said);
+    every_buffer_call_fails(told->buffer, VATTN_IN_CALLBACK, said);
     every_free_call_fails(VATTN_IN_CALLBACK, said);
     /* What refuses nothing answers here too. */
     SIZED(error);
@@ -42,6 +44,7 @@ int main(void) {
     memset(&told, 0, sizeof told);
     told.made = &made;
     told.entry = world_acquire(made.cache, 100);
+    told.buffer = world_buffer(made.driver);
     told.most = VATTN_LOG_INFO;
     CHECK_OK(vattn_cache_step(made.cache, &told.entry, 1));
 
@@ -70,6 +73,8 @@ int main(void) {
     /* Nothing came of what was called from within. */
     world_write(made.cache, 1, told.entry);
     CHECK(world_stats(made.cache).active_slots == 1);
+    CHECK_OK(vattn_buffer_commit(told.buffer, 0, 1));
+    CHECK_OK(vattn_buffer_destroy(told.buffer));
     CHECK_OK(vattn_driver_create_checked(made.host, &other));
     CHECK_OK(vattn_driver_destroy(other));
     world_end(&made);

@@ -15,7 +15,7 @@ target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 export CARGO_TARGET_DIR=$target
 built=$target/c
 log=$built/log
-programs=(geometry driver config slots memory views stats errors handles fork threads log failures)
+programs=(geometry driver config slots memory views pins stats buffer errors handles fork threads log failures)
 native=(-lgcc_s -lutil -lrt -lpthread -lm -ldl)
 # fork, waitpid and threads are POSIX's and not C's.
 common=(-D_POSIX_C_SOURCE=200809L -pthread -Iinclude -g -O1)

@@ -74,6 +74,17 @@ static inline void world_end(world *made) {
     CHECK_OK(vattn_geometry_destroy(made->geometry));
 }
 
+/* A buffer of 64 granules but a byte, in extents of up to 4. */
+static inline vattn_buffer *world_buffer(const vattn_driver *driver) {
+    vattn_buffer_options options;
+    vattn_buffer *buffer = NULL;
+    SIZED(options);
+    options.size = 64 * WORLD_GRANULE - 1;
+    options.largest_extent = 4 * WORLD_GRANULE;
+    CHECK_OK(vattn_buffer_create(&options, driver, &buffer));
+    return buffer;
+}
+
 static inline vattn_slot_tokens world_acquire(const vattn_cache *cache, uint64_t tokens) {
     vattn_slot_tokens entry;
     memset(&entry, 0, sizeof entry);

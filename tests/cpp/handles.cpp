@@ -12,7 +12,9 @@ constexpr bool move_only =
     std::is_nothrow_destructible<T>::value && std::is_nothrow_default_constructible<T>::value &&
     !std::is_polymorphic<T>::value && sizeof(T) == sizeof(void*);
 
-static_assert(move_only<vattn::Geometry> && move_only<vattn::Driver> && move_only<vattn::Cache>, "handles");
+static_assert(move_only<vattn::Geometry> && move_only<vattn::Driver>, "handles");
+static_assert(move_only<vattn::Cache> && move_only<vattn::Pin>, "handles");
+static_assert(move_only<vattn::Buffer>, "handles");
 static_assert(!std::is_convertible<vattn_cache*, vattn::Cache>::value, "taking over is said aloud");
 static_assert(!std::is_convertible<vattn::Cache, bool>::value, "no number by accident");
 static_assert(!std::is_constructible<vattn::Cache, vattn_driver*>::value, "a handle of another kind");
@@ -78,6 +80,10 @@ static void empty_handles() {
     THROWS(Error, InvalidArgument, "is NULL", cache.calls(vattn::Verb::Map));
     THROWS(Error, InvalidArgument, "is NULL", cache.stats_json());
     THROWS(Error, InvalidArgument, "is NULL", cache.report_json());
+    THROWS(Error, InvalidArgument, "is NULL", cache.pin(one.slot));
+    THROWS(Error, InvalidArgument, "is NULL", cache.pin_addresses());
+    THROWS(Error, InvalidArgument, "is NULL", vattn::Pin().info());
+    THROWS(Error, InvalidArgument, "is NULL", vattn::Pin().dlpack(room, vattn::Dtype::U8, {1}));
     THROWS(Error, InvalidArgument, "is NULL", geometry.info());
     THROWS(Error, InvalidArgument, "is NULL", geometry.layer(0));
     THROWS(Error, InvalidArgument, "is NULL", geometry.tile_tokens("fa3-decode"));

@@ -307,6 +307,8 @@ impl World {
         let stats: vattn_stats = room.get();
         let is_lax = self.is_lax(at);
         let of = &self.caches[at];
+        assert_eq!(stats.pins, u64::try_from(self.pins_of(number)).unwrap(), "pins");
+        assert!(bytes.pinned <= bytes.mapped, "{bytes:?}");
         let spare = if of.layout.spare_slot == vattn::ffi::VATTN_NO_SLOT { 0 } else { 1 };
         let tokens: u64 = of.slots.iter().map(|slot| slot.tokens).sum();
         let tokens = tokens + spare * spare_tokens(&of.layout);

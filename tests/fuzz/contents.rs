@@ -52,6 +52,22 @@ impl View {
         }
     }
 
+    /// Where a slot's first tokens are, the bytes of an element, the shape and the strides.
+    pub(crate) fn array(&self, slot: vattn_slot, tokens: u64) -> (usize, usize, [i64; 3], [i64; 3]) {
+        let (start, ..) = self.row(slot, 0, 0);
+        let [_, _, heads, dim] = self.shape.map(|along| i64::try_from(along).unwrap());
+        let [_, token, head, one] = self.strides.map(|stride| i64::try_from(stride).unwrap());
+        (start, self.element, [i64::try_from(tokens).unwrap(), heads, dim], [token, head, one])
+    }
+
+    fn touch(&self, slot: vattn_slot, token: u64) {
+        for head in 0..self.shape[2] {
+            let (start, ..) = self.row(slot, token, head);
+            // SAFETY: none is claimed for what is not backed: the process is to die of it.
+            unsafe { std::ptr::with_exposed_provenance::<u8>(start).read_volatile() };
+        }
+    }
+
     fn check(&self, slot: vattn_slot, token: u64) {
         for head in 0..self.shape[2] {
             let (start, length, hash) = self.row(slot, token, head);
@@ -70,6 +86,13 @@ impl View {
 pub(crate) fn write(views: &[View], slot: vattn_slot, tokens: std::ops::Range<u64>) {
     for token in tokens {
         views.iter().for_each(|view| view.write(slot, token));
+    }
+}
+
+/// Reads a little of each of a slot's first tokens.
+pub(crate) fn touch(views: &[View], slot: vattn_slot, tokens: u64) {
+    for token in 0..tokens {
+        views.iter().for_each(|view| view.touch(slot, token));
     }
 }
 

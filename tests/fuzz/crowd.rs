@@ -99,6 +99,20 @@ impl World {
                 }
             }
         }
+        for mut buffer in other.buffers {
+            buffer.base = base(buffer.base);
+            buffer.layers = buffer.layers.into_iter().map(layer).collect();
+            buffer.is_unknown = true;
+            self.buffers.push(buffer);
+        }
+        for pin in other.pins.iter_mut() {
+            pin.kept.base = base(pin.kept.base);
+        }
+        for tensor in other.tensors.iter_mut() {
+            tensor.kept.base = base(tensor.kept.base);
+        }
+        self.pins.append(&mut other.pins);
+        self.tensors.append(&mut other.tensors);
         self.strings.append(&mut other.strings);
         self.dead.append(&mut other.dead);
         let dead = &self.dead;
@@ -107,6 +121,9 @@ impl World {
             if self.layers[layer].is_planned {
                 for cache in self.caches.iter_mut().filter(|cache| cache.layers.contains(&layer)) {
                     cache.is_lax = true;
+                }
+                for buffer in self.buffers.iter_mut().filter(|buffer| buffer.layers.contains(&layer)) {
+                    buffer.is_unknown = true;
                 }
             }
         }
@@ -130,12 +147,15 @@ impl World {
     /// drivers have it all back.
     pub(crate) fn end_all(&mut self, wild: bool) {
         self.settle_streams();
+        self.end_pins(2);
+        self.end_buffers();
         for cache in std::mem::take(&mut self.caches) {
             let status = call!(self, vattn_cache_destroy(handle(cache.handle)));
             let gone = wild && status == VATTN_INVALID_HANDLE;
             assert!(status == VATTN_OK || gone, "{status:?}: {}", self.voice.last());
             self.dead.push(cache.handle);
         }
+        self.end_pins(0);
         for driver in std::mem::take(&mut self.drivers) {
             self.check_driver(&driver);
             let status = call!(self, vattn_driver_destroy(handle(driver.handle)));
@@ -197,9 +217,11 @@ impl World {
                     ffi::vattn_cache_destroy(handle(dead)),
                     ffi::vattn_driver_destroy(handle(dead)),
                     ffi::vattn_geometry_destroy(handle(dead)),
+                    ffi::vattn_pin_destroy(handle(dead)),
+                    ffi::vattn_buffer_destroy(handle(dead)),
                 ]
             };
-            assert_eq!(again, [VATTN_INVALID_HANDLE; 3], "{dead:#x} is alive in the end");
+            assert_eq!(again, [VATTN_INVALID_HANDLE; 5], "{dead:#x} is alive in the end");
         }
     }
 }

@@ -187,6 +187,9 @@ impl World {
             for cache in self.caches.iter_mut().filter(|cache| cache.layers.contains(&layer)) {
                 cache.is_lax = true;
             }
+            for buffer in self.buffers.iter_mut().filter(|buffer| buffer.layers.contains(&layer)) {
+                buffer.is_unknown = true;
+            }
         }
     }
 

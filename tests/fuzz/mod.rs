@@ -10,16 +10,18 @@
 //! | `voice.rs` | what holds for every call: the last error, the count, the watch on calls that hang |
 //! | `room.rs` | outputs that must stay untouched; what is wrong with a call's arguments |
 //! | `world.rs` | the model, and the verdict on a call |
-//! | `objects.rs`, `drivers.rs`, `making.rs`, `slots.rs`, `asking.rs` | the calls |
+//! | `objects.rs`, `drivers.rs`, `making.rs`, `slots.rs`, `pins.rs`, `buffers.rs`, `asking.rs` | the calls |
 //! | `contents.rs` | whose bytes are where |
 //! | `crowd.rs` | several threads at once, and the end of everything |
 
 mod asking;
+mod buffers;
 mod contents;
 mod crowd;
 mod drivers;
 mod making;
 mod objects;
+mod pins;
 mod room;
 mod slots;
 mod source;
@@ -69,7 +71,7 @@ impl World {
             return;
         }
         let is_unused = self.caches.iter().all(|cache| cache.slots.is_empty());
-        match s.below(128) {
+        match s.below(160) {
             53..=108 if is_unused && !s.one_in(16) => self.acquire(s),
             0..=3 => self.library(s),
             4..=6 if self.geometries.len() < 5 => self.geometry_create(s),
@@ -102,6 +104,18 @@ impl World {
             115..=118 => self.tend(s),
             119 => self.flush(s),
             120..=123 => self.view(s),
+            128..=131 if self.pins.len() < 12 => self.pin_create(s),
+            128..=132 => self.pin_destroy(s),
+            133..=134 => self.pin_describe(s),
+            135..=137 if self.tensors.len() < 12 => self.pin_dlpack(s),
+            135..=139 => self.tensor_delete(s),
+            140..=155 if self.buffers.is_empty() && !s.one_in(8) => self.buffer_create(s),
+            140..=142 if self.buffers.len() < 6 => self.buffer_create(s),
+            140..=149 => self.buffer_commit(s),
+            150..=155 => self.buffer_decommit(s),
+            156..=157 => self.buffer_describe(s),
+            158 if self.pins.len() < 12 => self.buffer_pin(s),
+            158..=159 if s.one_in(3) => self.buffer_destroy(s),
             _ => self.cache_ask(s),
         }
     }

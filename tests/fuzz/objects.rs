@@ -107,6 +107,14 @@ impl World {
                 self.judge(status, &expect, &[VATTN_OK]);
                 self.keep_text(status, &room);
             }
+            4 => {
+                let mut expect = Expect::default();
+                let mut room = Room::new::<*mut c_char>(s, &mut expect);
+                let status = call!(self, vattn_catalog_json(room.at()));
+                room.check(status);
+                self.judge(status, &expect, &[VATTN_OK]);
+                self.keep_text(status, &room);
+            }
             5 if s.one_in(8) => self.cuda(s),
             _ => self.string_destroy(s),
         }

@@ -138,6 +138,12 @@ impl Room {
         self.words[1..].fill(0);
     }
 
+    /// A struct of these numbers behind its size, and zeros behind them.
+    pub(crate) fn fill(&mut self, numbers: &[u64]) {
+        self.zero();
+        self.words[1..=numbers.len()].copy_from_slice(numbers);
+    }
+
     /// What was written there.
     pub(crate) fn get<T: Copy>(&self) -> T {
         assert!(size_of::<T>() <= self.known);

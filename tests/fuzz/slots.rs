@@ -46,7 +46,12 @@ pub(crate) struct Fences {
 
 impl World {
     pub(crate) fn fences(&self, s: &mut impl Source, expect: &mut Expect, cache: Option<usize>) -> Fences {
-        let base = cache.map(|cache| &self.bases[self.caches[cache].base]);
+        self.fences_of(s, expect, cache.map(|cache| self.caches[cache].base))
+    }
+
+    /// Fences for work on the streams of a base.
+    pub(crate) fn fences_of(&self, s: &mut impl Source, expect: &mut Expect, base: Option<usize>) -> Fences {
+        let base = base.map(|base| &self.bases[base]);
         let mut all = Vec::new();
         let mut held = Some(fired());
         for _ in 0..s.pick(&[1, 1, 1, 1, 2, 3]) {
@@ -136,6 +141,8 @@ impl World {
         !base.is_ample
             || others
             || lost
+            || self.is_kept(of.base)
+            || self.buffers.iter().any(|buffer| buffer.base == of.base)
             || of.layers.iter().any(|layer| self.layers[*layer].is_leaky)
             || of.budget > base.capacity
     }
@@ -148,7 +155,7 @@ impl World {
     }
 
     /// What is wrong with naming a slot.
-    fn refusal(&self, cache: usize, id: vattn_slot) -> Vec<vattn_status> {
+    pub(crate) fn refusal(&self, cache: usize, id: vattn_slot) -> Vec<vattn_status> {
         let of = &self.caches[cache];
         if of.slots.iter().any(|slot| slot.id == id) {
             return Vec::new();
@@ -160,7 +167,7 @@ impl World {
         }
     }
 
-    fn held(&self, cache: usize, id: vattn_slot) -> u64 {
+    pub(crate) fn held(&self, cache: usize, id: vattn_slot) -> u64 {
         self.caches[cache].slots.iter().find(|slot| slot.id == id).map_or(0, |slot| slot.tokens)
     }
 
@@ -194,7 +201,7 @@ impl World {
         }
     }
 
-    fn any_slot(&self, s: &mut impl Source, cache: Option<usize>) -> vattn_slot {
+    pub(crate) fn any_slot(&self, s: &mut impl Source, cache: Option<usize>) -> vattn_slot {
         let Some(at) = cache else { return vattn_slot { index: 0, cache: 1, generation: 1 } };
         let of = &self.caches[at];
         if of.slots.is_empty() || s.one_in(WRONG) {

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use vattn::ffi::vattn_status::{self, *};
 use vattn::ffi::{vattn_background, vattn_layout, vattn_slot};
 
+use super::buffers::Buffer;
 use super::contents::View;
+use super::pins::{Pin, Tensor};
 use super::room::{Expect, WRONG};
 use super::source::Source;
 use super::voice::Voice;
@@ -106,6 +108,9 @@ pub(crate) struct World {
     pub(crate) layers: Vec<Layer>,
     pub(crate) drivers: Vec<Driver>,
     pub(crate) caches: Vec<Cache>,
+    pub(crate) buffers: Vec<Buffer>,
+    pub(crate) pins: Vec<Pin>,
+    pub(crate) tensors: Vec<Tensor>,
     pub(crate) strings: Vec<usize>,
     pub(crate) dead: Vec<usize>,
     /// How many bases and layers were there before this thread began.
@@ -194,6 +199,9 @@ impl World {
             layers: Vec::new(),
             drivers: Vec::new(),
             caches: Vec::new(),
+            buffers: Vec::new(),
+            pins: Vec::new(),
+            tensors: Vec::new(),
             strings: Vec::new(),
             dead: Vec::new(),
             shared_bases: 0,
@@ -300,7 +308,10 @@ impl World {
     fn all_alive(&self) -> Vec<usize> {
         let geometries = self.geometries.iter().map(|geometry| geometry.handle);
         let drivers = self.drivers.iter().map(|driver| driver.handle);
-        geometries.chain(drivers).chain(self.caches.iter().map(|cache| cache.handle)).collect()
+        let caches = self.caches.iter().map(|cache| cache.handle);
+        let pins = self.pins.iter().map(|pin| pin.handle);
+        let buffers = self.buffers.iter().map(|buffer| buffer.handle);
+        geometries.chain(drivers).chain(caches).chain(pins).chain(buffers).collect()
     }
 
     pub(crate) fn geometry(&self, s: &mut impl Source, expect: &mut Expect) -> (usize, Option<usize>) {

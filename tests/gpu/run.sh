@@ -2,12 +2,13 @@
 # Runs the GPU suite of the folder that it lies in, and leaves everything in FOLDER/results (or $OUT):
 #
 #   ./run.sh [tests] [soak] [sanitizer] [probe] [replay] [example] [bench] [serving] [creating] [kernels] [attention]
-#       [busy] [engine]
+#       [busy] [engine] [python] [huggingface]
 #   (default: all of them)
 #
 # `soak` takes VATTN_SOAK_SECONDS (180). `sanitizer` needs compute-sanitizer, `example` NVRTC, `creating`, `kernels`,
-# `attention`, `busy` and `engine` a Python with PyTorch, the last one a C++ compiler too. Every command has a time
-# limit, and one that hangs has failed. Ends with the list of what passed, and with an error if anything did not.
+# `attention`, `busy`, `engine`, `python` and `huggingface` a Python with PyTorch, `engine` a C++ compiler too, and
+# `huggingface` transformers 5. Every command has a time limit, and one that hangs has failed. Ends with the list of
+# what passed, and with an error if anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
 out=${OUT:-$PWD/results}
@@ -39,7 +40,7 @@ note() {
 }
 
 tests() {
-    for test in conformance cuda model fault_sweep contents mapper_on_card soak; do
+    for test in conformance cuda buffer model fault_sweep contents mapper_on_card soak; do
         # One after the other: they count the memory that is free.
         note "$test" "bin/$test" --test-threads=1 --nocapture
     done
@@ -55,7 +56,7 @@ soak() {
 # Every access of a kernel is checked; CUDA's refusals, which the tests provoke, are not reported. Kernels are
 # slow there, and calls of the driver may wait for them.
 sanitizer() {
-    for test in conformance contents model fault_sweep mapper_on_card soak; do
+    for test in conformance buffer contents model fault_sweep mapper_on_card soak; do
         note "memcheck-$test" env VATTN_UNDER_TOOL=1 VATTN_DWELL_MS=200 VATTN_SOAK_SECONDS=30 \
             compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
             "bin/$test" --test-threads=1 --nocapture --skip touching_what_is_not_backed_faults
@@ -120,7 +121,35 @@ engine() {
     note engine-spoilt sh -c '"$@"; [ $? -eq 1 ]' - "$@" --limit 10 --spoil 20
 }
 
-[ $# -gt 0 ] || set -- tests soak sanitizer probe replay example bench serving creating kernels attention busy engine
+# The package as a user installs it, with the wheels that lie beside it.
+installed() {
+    site=$PWD/site
+    [ ! -e "$site" ] || return 0
+    note python-install python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+        --target "$site" wheels/*.whl
+    PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH
+}
+
+python() {
+    installed
+    note python-tests python3 -m pytest -p no:cacheprovider python/tests
+    for example in python/examples/*.py; do
+        note "example-$(basename "$example" .py)" python3 "$example"
+    done
+    note python-step python3 python/benches/step.py
+    note attention-errors python3 python/benches/attention_errors.py "$out"
+}
+
+huggingface() {
+    installed
+    limit=$((limit + 270))
+    note huggingface python3 python/benches/hf_caches.py "$out"
+    limit=$((limit - 270))
+}
+
+[ $# -gt 0 ] || set -- tests soak sanitizer probe replay example bench serving creating kernels attention busy engine \
+    python huggingface
 for part in "$@"; do
     "$part"
 done

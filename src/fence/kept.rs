@@ -1,4 +1,4 @@
-//! What is waited for before memory that a slot no longer needs is unmapped, or used by another.
+//! A fence as the library keeps it, until its memory is unmapped or used by another.
 
 use std::sync::Arc;
 
@@ -7,14 +7,14 @@ use crate::driver::owned::Event;
 
 /// An event of the library's, and where and when it was recorded.
 #[derive(Clone, Debug)]
-pub(crate) struct Fence {
+pub(crate) struct Kept {
     event: Arc<Event>,
     stream: Option<Stream>,
     started: u64,
     ended: u64,
 }
 
-impl Fence {
+impl Kept {
     /// An event, the stream that it was recorded in, and the moments before and after that on one
     /// clock that all fences share.
     pub(crate) fn new(event: Event, stream: Option<Stream>, started: u64, ended: u64) -> Self {
@@ -44,9 +44,9 @@ impl Fence {
     }
 }
 
-/// Adds fences to a slot's, and returns those that others imply.
+/// Adds fences to those that are kept, and returns those that others imply.
 #[must_use = "events are destroyed where no lock is held"]
-pub(crate) fn add(kept: &mut Vec<Fence>, fences: Vec<Fence>) -> Vec<Fence> {
+pub(crate) fn add(kept: &mut Vec<Kept>, fences: Vec<Kept>) -> Vec<Kept> {
     let mut implied = Vec::new();
     for fence in fences {
         if kept.iter().any(|other| other.implies(&fence)) {
@@ -73,7 +73,7 @@ mod tests {
         let mut kept = Vec::new();
         for (stream, started, ended) in fences {
             let event = Event::record(&driver, Stream::of_test(7)).unwrap();
-            let _implied = add(&mut kept, vec![Fence::new(event, *stream, *started, *ended)]);
+            let _implied = add(&mut kept, vec![Kept::new(event, *stream, *started, *ended)]);
         }
         kept.iter().map(|fence| fence.started).collect()
     }

@@ -1,4 +1,7 @@
-//! Fences as callers give them, and as the library keeps them.
+//! What is waited for before memory is unmapped: fences as callers give them, and as the library keeps them.
+//!
+//! Owns the library's own events, and which of two fences stands for the other. Refuses to know whose
+//! memory it is: a slot's, a buffer's.
 
 #![allow(unsafe_code, reason = "a foreign event can only be vouched for by whoever hands it in")]
 
@@ -7,9 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::driver::owned::{DriverHandle, Event};
 use crate::driver::{RawEvent, Stream};
 use crate::error::{Error, ErrorKind, Result};
-use crate::slot;
 
-/// What tells that device work submitted earlier is done with a slot's memory.
+mod kept;
+
+pub(crate) use kept::{Kept, add};
+
+/// What tells that device work submitted earlier is done with memory.
 ///
 /// Calls that give memory up take several, one for each stream that touched it. There is no implicit
 /// fence: whoever knows that nothing is running says [`Idle`](Self::Idle).
@@ -35,7 +41,7 @@ impl ForeignEvent {
     /// Hands an event to the library, which waits for it and never destroys it.
     ///
     /// # Safety
-    /// - `event` is an event of the cache's device, and lives until the call that takes the fence
+    /// - `event` is an event of the driver's device, and lives until the call that takes the fence
     ///   returns.
     #[must_use]
     pub unsafe fn new(event: RawEvent) -> Self {
@@ -50,7 +56,7 @@ fn now() -> u64 {
 }
 
 /// Turns fences into events that the library owns. Calls the driver.
-pub(super) fn record(driver: &DriverHandle, fences: &[Fence]) -> Result<Vec<slot::Fence>> {
+pub(crate) fn record(driver: &DriverHandle, fences: &[Fence]) -> Result<Vec<Kept>> {
     if fences.is_empty() {
         return Err(Error::new(
             ErrorKind::InvalidArgument,
@@ -66,12 +72,12 @@ pub(super) fn record(driver: &DriverHandle, fences: &[Fence]) -> Result<Vec<slot
             // SAFETY: `ForeignEvent::new` made the caller promise that the event lives during this call.
             Fence::Event(ForeignEvent(event)) => (unsafe { Event::follow(driver, event) }?, None),
         };
-        recorded.push(slot::Fence::new(event, stream, started, now()));
+        recorded.push(Kept::new(event, stream, started, now()));
     }
     Ok(recorded)
 }
 
 /// Blocks until all have fired.
-pub(super) fn wait(fences: &[slot::Fence]) -> Result<()> {
+pub(crate) fn wait(fences: &[Kept]) -> Result<()> {
     fences.iter().try_for_each(|fence| fence.event().wait())
 }
