@@ -138,7 +138,9 @@ def flashinfer_decode(batch: Batch, queries: list[torch.Tensor], causal: bool) -
         table.indptr, table.indices, table.last_page_len, HEADS, KV_HEADS, DIM, batch.cache.layout.page_tokens,
         q_data_type=flat.dtype, kv_data_type=flat.dtype,
     )  # fmt: skip
-    return list(wrapper.run(flat, vt.paged_kv(batch.cache, batch.layer)).split([query.shape[0] for query in queries]))
+    return list(
+        wrapper.run(flat, vt.paged_kv(batch.cache, batch.layer)).split([query.shape[0] for query in queries])
+    )
 
 
 def flashinfer_prefill(backend: str) -> Attend:
@@ -211,14 +213,20 @@ def errors_of(attend: Attend, batch: Batch, causal: bool) -> tuple[float, float]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the folder for attention_errors.json and attention_errors.md")
     parser.add_argument("--batches", type=int, default=4, help="batches of each layout")
-    parser.add_argument("--longest", type=int, help="tokens of the longest sequence; 2,000, or 200 on the processor")
+    parser.add_argument(
+        "--longest", type=int, help="tokens of the longest sequence; 2,000, or 200 on the processor"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     longest = options.longest or (2000 if device.type == "cuda" else 200)
-    model = vattn.Geometry([vattn.Layers(LAYERS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM)], dtype="bfloat16")
+    model = vattn.Geometry(
+        [vattn.Layers(LAYERS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM)], dtype="bfloat16"
+    )
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     skipped: set[str] = set()
     torch.manual_seed(0)
@@ -243,7 +251,9 @@ def main() -> int:
                                 skipped.add(kernel)
                                 print(f"SKIP: {kernel}: {error}", file=sys.stderr)
                                 continue
-                            row = rows.setdefault((f"{kernel}, {work}", name), {"relative": 0.0, "largest": 0.0, "batches": 0})
+                            row = rows.setdefault(
+                                (f"{kernel}, {work}", name), {"relative": 0.0, "largest": 0.0, "batches": 0}
+                            )
                             row["relative"] = max(row["relative"], relative)
                             row["largest"] = max(row["largest"], most)
                             row["batches"] += 1
@@ -266,7 +276,9 @@ def write(folder: Path, rows: dict[tuple[str, str], dict[str, Any]], device: tor
         f"|---|{'---|' * len(layouts)}",
     ]
     for kernel in dict.fromkeys(kernel for kernel, _ in rows):
-        lines.append(f"| {kernel} | {' | '.join(format(rows[kernel, layout]['relative'], '.4f') for layout in layouts)} |")
+        lines.append(
+            f"| {kernel} | {' | '.join(format(rows[kernel, layout]['relative'], '.4f') for layout in layouts)} |"
+        )
     text = "\n".join(lines) + "\n"
     (folder / "attention_errors.md").write_text(text, encoding="utf-8")
     print(text)

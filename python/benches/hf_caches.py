@@ -112,7 +112,9 @@ class Best(LogitsProcessor):
 
 def make_model(tiny: bool, device: torch.device) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(**(TINY if tiny else LLAMA_3_8B), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = LlamaConfig(
+        **(TINY if tiny else LLAMA_3_8B), bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -168,7 +170,9 @@ def fill(cache: Any, model: Any, rows: int, tokens: int) -> None:
 
 
 @torch.inference_mode()
-def one_round(kind: str, model: Any, shape: tuple[int, int, int], steps: int, compiled: bool = False) -> dict[str, Any]:
+def one_round(
+    kind: str, model: Any, shape: tuple[int, int, int], steps: int, compiled: bool = False
+) -> dict[str, Any]:
     """The last `steps` tokens of an answer."""
     rows, prompt, new = shape
     device, whole = model.device, prompt + new
@@ -240,10 +244,14 @@ def whole_answers(model: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
         cache = make_cache("dynamic" if kind == "control" else kind, model, prompt + new)
         best = Best(forced)
 
-        def look(cache: Any = cache, kind: str = kind, most: list[int] = most, ratios: list[float] = ratios) -> None:
+        def look(
+            cache: Any = cache, kind: str = kind, most: list[int] = most, ratios: list[float] = ratios
+        ) -> None:
             if kind == "vattn" and cache.groups:
                 most[0] = max(most[0], cache.bytes_held())
-                ratios[0] = max(ratios[0], cache.bytes_held() / (rows * cache.get_seq_length() * token_bytes(model)))
+                ratios[0] = max(
+                    ratios[0], cache.bytes_held() / (rows * cache.get_seq_length() * token_bytes(model))
+                )
 
         clock = Clock(look)
         with other_kernel(device) if kind == "control" else nullcontext():
@@ -321,7 +329,9 @@ def markdown(report: dict[str, Any]) -> str:
     for shape in report["shapes"]:
         steps = shape["timing"]["step_ms"]
         cells = " | ".join(f"{steps[kind]:.2f} ms" for kind in ("vattn", "dynamic", "static", "static x4"))
-        first = " | ".join(f"{shape['timing']['first'][kind]['step_ms']:.2f} ms" for kind in ("vattn", "dynamic"))
+        first = " | ".join(
+            f"{shape['timing']['first'][kind]['step_ms']:.2f} ms" for kind in ("vattn", "dynamic")
+        )
         ratio = shape["timing"]["ratio_to_fastest_of_others"]["vattn"]
         lines.append(f"| {shape['name']} | {cells} | {ratio:.3f} | {first} |")
     answered = [shape for shape in report["shapes"] if shape["answers"]]
@@ -334,7 +344,10 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for shape in answered:
         answer, last = shape["answers"]["vattn"], shape["timing"]["rounds"][-1]
-        cells = " | ".join(f"{last[kind]['device_bytes'] / 1e9:.2f} GB" for kind in ("vattn", "dynamic", "static", "static x4"))
+        cells = " | ".join(
+            f"{last[kind]['device_bytes'] / 1e9:.2f} GB"
+            for kind in ("vattn", "dynamic", "static", "static x4")
+        )
         lines.append(
             f"| {shape['name']} | {answer['live_bytes'] / 1e9:.3f} GB | {answer['peak_cache_bytes'] / 1e9:.3f} GB | "
             f"{answer['peak_to_live']:.3f} | {cells} |"
@@ -359,15 +372,21 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the folder for hf_caches.json and hf_caches.md")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and tiny shapes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a round")
     parser.add_argument("--shape", action="append", help="rows,prompt,new; several times for several")
-    parser.add_argument("--steps-only", action="store_true", help="no whole answers: neither bytes nor tokens")
-    parser.add_argument("--compiled", action="store_true", help="at the end, StaticCache compiled, for the first shape")
+    parser.add_argument(
+        "--steps-only", action="store_true", help="no whole answers: neither bytes nor tokens"
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="at the end, StaticCache compiled, for the first shape"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type != "cuda" and not options.tiny:
@@ -394,7 +413,10 @@ def main() -> None:
         timing = time_steps(model, shape, options.rounds, steps)
         answers = None if options.steps_only else whole_answers(model, shape)
         print(f"{name}: {json.dumps(answers)}  [{time.perf_counter() - began:.0f} s]", flush=True)
-        print(f"{name}: {timing['step_ms']} {timing['ratio_to_fastest_of_others']}  [{time.perf_counter() - began:.0f} s]", flush=True)
+        print(
+            f"{name}: {timing['step_ms']} {timing['ratio_to_fastest_of_others']}  [{time.perf_counter() - began:.0f} s]",
+            flush=True,
+        )
         report["shapes"].append({"name": name, "answers": answers, "timing": timing})
         write(options.out, report)
     if options.compiled:

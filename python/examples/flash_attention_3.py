@@ -56,8 +56,12 @@ with vattn.KvCache(model, vt.driver_for(device), budget="8GiB", max_slots=64, ti
         expected = torch.einsum("ht,thd->hd", weights, v)
         worst = max(worst, float((seen - expected).norm() / expected.norm()))
 
-    print(f"FlashAttention-3 over {len(slots)} slots of {lengths} tokens, indices {[slot.index for slot in slots]}")
-    print(f"tile of {tile} tokens; {cache.bytes().held / 2**20:.0f} MiB are held, {cache.layout.virtual_size / 2**40:.1f} TiB reserved")
+    print(
+        f"FlashAttention-3 over {len(slots)} slots of {lengths} tokens, indices {[slot.index for slot in slots]}"
+    )
+    print(
+        f"tile of {tile} tokens; {cache.bytes().held / 2**20:.0f} MiB are held, {cache.layout.virtual_size / 2**40:.1f} TiB reserved"
+    )
     print(f"against float32: relative error at most {worst:.4f}")
     assert worst < 0.01
     del keys, values, part, row  # tensors over a cache are dropped before it is closed

@@ -53,7 +53,9 @@ with vattn.KvCache(model, vt.driver_for(device), budget="8GiB", max_slots=64, pa
 
     first = table.indices[: int(table.indptr[1])].tolist()
     print(f"FlashInfer's paged decode over {len(slots)} slots of {lengths} tokens")
-    print(f"slot {slots[0].index} has pages {first[0]} to {first[-1]}; slot {slots[1].index} begins at {int(table.indices[len(first)])}")
+    print(
+        f"slot {slots[0].index} has pages {first[0]} to {first[-1]}; slot {slots[1].index} begins at {int(table.indices[len(first)])}"
+    )
     print(f"against float32: relative error at most {worst:.4f}")
     assert worst < 0.01
     del part  # tensors over a cache are dropped before it is closed

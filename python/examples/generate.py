@@ -1,7 +1,7 @@
 """`model.generate()` with a cache that grows in place, beside transformers' own.
 
-    python examples/generate.py                     # a tiny model with random weights
-    python examples/generate.py path/to/a/model     # a model that is on this disk, with its tokenizer
+python examples/generate.py                     # a tiny model with random weights
+python examples/generate.py path/to/a/model     # a model that is on this disk, with its tokenizer
 """
 
 import sys
@@ -28,7 +28,9 @@ else:
     inputs = {"input_ids": torch.randint(1, 1000, (2, 20), device=device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
-theirs = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), max_new_tokens=200, do_sample=False)
+theirs = model.generate(
+    **inputs, past_key_values=DynamicCache(config=model.config), max_new_tokens=200, do_sample=False
+)
 with VattnCache(model) as cache:
     ours = model.generate(**inputs, past_key_values=cache, max_new_tokens=200, do_sample=False)
     print(f"{ours.shape[0]} answers, {ours.shape[1]} tokens each with their prompts, on {device}")
@@ -44,6 +46,8 @@ with VattnCache(model) as cache:
 
 with VattnCache(model, budget="1GiB") as cache:
     beams = model.generate(**inputs, past_key_values=cache, max_new_tokens=30, num_beams=4, do_sample=False)
-    print(f"4 beams, {beams.shape[1]} tokens, {cache.bytes_held() / 2**20:.2f} MiB; all of it is given back now")
+    print(
+        f"4 beams, {beams.shape[1]} tokens, {cache.bytes_held() / 2**20:.2f} MiB; all of it is given back now"
+    )
 if len(sys.argv) > 1:
     print(tokenizer.batch_decode(ours, skip_special_tokens=True)[0])

@@ -1,6 +1,6 @@
 """PyTorch's SDPA over a cache: each request attends over a view of exactly its tokens, and nothing is copied.
 
-    python examples/sdpa_torch.py           # on a GPU where there is one, else on the processor
+python examples/sdpa_torch.py           # on a GPU where there is one, else on the processor
 """
 
 import torch
@@ -11,7 +11,9 @@ import vattn.torch as vt
 LAYERS, KV_HEADS, HEADS, DIM = 4, 2, 8, 64
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-model = vattn.Geometry([vattn.Layers(LAYERS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM)], dtype="bfloat16")
+model = vattn.Geometry(
+    [vattn.Layers(LAYERS, kv_heads=KV_HEADS, key_dim=DIM, value_dim=DIM)], dtype="bfloat16"
+)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,9 @@ with vattn.KvCache(model, vt.driver_for(device), budget="256MiB", max_slots=16, 
 
     held, tokens = cache.bytes().held, sum(requests.values())
     print(f"{len(requests)} requests of {', '.join(map(str, requests.values()))} tokens on {device}")
-    print(f"addresses for {cache.layout.slots * cache.layout.max_tokens:,} tokens, memory for {tokens:,}: {held / 2**20:.1f} MiB")
+    print(
+        f"addresses for {cache.layout.slots * cache.layout.max_tokens:,} tokens, memory for {tokens:,}: {held / 2**20:.1f} MiB"
+    )
     print(f"attention in {LAYERS} layers against float32: relative error at most {worst:.4f}")
     assert worst < 0.01
     del keys, values  # tensors over a cache are dropped before it is closed

@@ -21,7 +21,13 @@ import vattn.torch as vt  # noqa: E402
 torch.set_num_threads(1)
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
-LAYOUTS = [("sliced", "apart"), ("sliced", "interleaved"), ("per_layer", "apart"), (2, "apart"), (2, "interleaved")]
+LAYOUTS = [
+    ("sliced", "apart"),
+    ("sliced", "interleaved"),
+    ("per_layer", "apart"),
+    (2, "apart"),
+    (2, "interleaved"),
+]
 
 
 def open_cache(driver: vattn.Driver, dtype: str = "float32", **options: Any) -> vattn.KvCache:
@@ -60,7 +66,9 @@ def test_pages_of_the_identity_table_are_the_slots_tokens(driver: vattn.Driver) 
         cache.step(slots, lengths)
         for slot, length in zip(slots, lengths, strict=True):
             keys, _ = vt.kv(cache, 2)
-            keys[slot.index, :length] = torch.arange(length, dtype=torch.float32)[:, None, None] + 100 * slot.index
+            keys[slot.index, :length] = (
+                torch.arange(length, dtype=torch.float32)[:, None, None] + 100 * slot.index
+            )
         pages, _ = vt.paged_kv(cache, 2)
         table = vt.identity_page_table(cache, slots, lengths)
         assert table.dtype == torch.int32

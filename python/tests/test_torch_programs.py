@@ -91,4 +91,6 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "needs transformers 5" in run("-c", program) and "this is transformers 4.57.1" in run("-c", program)
+    assert "needs transformers 5" in run("-c", program) and "this is transformers 4.57.1" in run(
+        "-c", program
+    )

@@ -17,14 +17,18 @@ import pytest
 import vattn
 
 torch = pytest.importorskip("torch", reason="SKIP: PyTorch is not installed")
-transformers = pytest.importorskip("transformers", minversion="5", reason="SKIP: transformers 5 is not installed")
+transformers = pytest.importorskip(
+    "transformers", minversion="5", reason="SKIP: transformers 5 is not installed"
+)
 
 from vattn.transformers import VattnCache  # noqa: E402
 
 # Tiny tensors: more threads would wait for each other.
 torch.set_num_threads(1)
 DEVICE = torch.device(os.environ.get("VATTN_TEST_DEVICE", "cpu"))
-small_granules = pytest.mark.skipif(DEVICE.type != "cpu", reason="SKIP: a GPU's granules are too large for it")
+small_granules = pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="SKIP: a GPU's granules are too large for it"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +36,6 @@ def device() -> Iterator[None]:
     """All that a test makes is on the device."""
     with DEVICE:
         yield
-
 
 
 SIZES: dict[str, Any] = {
@@ -125,7 +128,9 @@ def same(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
 @pytest.fixture
 def driver() -> Iterator[vattn.CheckedDriver]:
     """A driver that knows what is alive, and must know of nothing at the end."""
-    inner = vattn.HostDriver("1GiB", granule="64KiB") if DEVICE.type == "cpu" else vattn.CudaDriver(DEVICE.index)
+    inner = (
+        vattn.HostDriver("1GiB", granule="64KiB") if DEVICE.type == "cpu" else vattn.CudaDriver(DEVICE.index)
+    )
     with inner, vattn.CheckedDriver(inner) as checked:
         yield checked
         gc.collect()
@@ -160,7 +165,9 @@ def test_every_type_and_back_end(kind: str, dtype: str, attention: str, driver: 
 def test_every_layout(layout: Any, order: str, driver: vattn.Driver) -> None:
     model = make("Llama")
     with VattnCache(model, driver=driver, layout=layout, kv_order=order) as cache:
-        same(generate(model, cache, prompt(), num_beams=3), generate(model, own(model), prompt(), num_beams=3))
+        same(
+            generate(model, cache, prompt(), num_beams=3), generate(model, own(model), prompt(), num_beams=3)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,7 +229,9 @@ def test_rows_come_go_and_change_places(kind: str, driver: vattn.Driver) -> None
         theirs = own(model)
 
         def both(ids: Any) -> None:
-            torch.testing.assert_close(steps(model, cache, ids), steps(model, theirs, ids), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                steps(model, cache, ids), steps(model, theirs, ids), atol=1e-4, rtol=1e-4
+            )
 
         both(tokens[:, :13])
         for past in (cache, theirs):
@@ -377,7 +386,9 @@ def test_a_budget_says_how_to_cure_it_and_harms_nothing(driver: vattn.Driver) ->
     # one for values.
     with VattnCache(model, driver=driver, budget="256KiB") as cache:
         first = steps(model, cache, tokens)
-        with pytest.raises(vattn.OutOfBudget, match=r"2 rows of 241 tokens can't be held; give VattnCache a larger budget="):
+        with pytest.raises(
+            vattn.OutOfBudget, match=r"2 rows of 241 tokens can't be held; give VattnCache a larger budget="
+        ):
             steps(model, cache, torch.ones(2, 201, dtype=torch.long))
         assert cache.get_seq_length() == 40
         cache.reset()
@@ -469,7 +480,9 @@ def test_rows_that_find_no_memory_change_nothing(driver: vattn.Driver) -> None:
         for past in (cache, larger):
             for at in range(0, 900, 100):
                 steps(model, past, tokens[:, at : at + 100])
-        with pytest.raises(vattn.OutOfBudget, match=r"30 rows of 900 tokens can't be held; give VattnCache a larger"):
+        with pytest.raises(
+            vattn.OutOfBudget, match=r"30 rows of 900 tokens can't be held; give VattnCache a larger"
+        ):
             cache.batch_repeat_interleave(15)
         with pytest.raises(IndexError, match="there are 2"):
             cache.reorder_cache(torch.tensor([0, 2, 1]))

@@ -387,4 +387,3 @@ def sweep() -> None:
         pass
     finally:
         _lingering.extend(kept)
-

@@ -194,7 +194,9 @@ def _pages_per_slot(cache: vattn.KvCache) -> int:
 
 def _check(cache: vattn.KvCache, index: torch.Tensor, counts: torch.Tensor, longest: int) -> None:
     if index.shape != counts.shape:
-        raise ValueError(f"slots are {list(index.shape)} and lengths {list(counts.shape)}; give one length a slot")
+        raise ValueError(
+            f"slots are {list(index.shape)} and lengths {list(counts.shape)}; give one length a slot"
+        )
     if longest > cache.layout.max_tokens:
         raise ValueError(f"a length is {longest}, and a slot holds {cache.layout.max_tokens} tokens at most")
 

@@ -39,7 +39,6 @@ from vattn._layer_group import LayerGroup, Shape
 from vattn._opener import DriverChoice, Opener, explained
 from vattn.torch import DTYPE_NAMES
 
-
 REFUSALS = (
     vattn.OutOfBudget,
     vattn.OutOfDeviceMemory,
@@ -78,7 +77,9 @@ class VattnLayer(cache_utils.CacheLayerMixin):
         #: Tokens that it has seen.
         self.length = 0
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> States:
         """Takes new tokens, `[batch, head, token, dim]`, and returns all that attention is to see."""
         states: States = self.cache.update(key_states, value_states, self.index)
         return states
@@ -125,13 +126,17 @@ class VattnLayer(cache_utils.CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def _only_whole(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("layers that grow together change together: call the method of the VattnCache")
+        raise NotImplementedError(
+            "layers that grow together change together: call the method of the VattnCache"
+        )
 
     reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _only_whole
 
     def offload(self) -> None:
         """Refused: the point of the cache is that its memory stays where it is."""
-        raise NotImplementedError("a VattnCache can't be offloaded; use DynamicCache(offloading=True) for that")
+        raise NotImplementedError(
+            "a VattnCache can't be offloaded; use DynamicCache(offloading=True) for that"
+        )
 
     prefetch = offload
 
@@ -333,7 +338,9 @@ class VattnCache(cache_utils.Cache):
             for group, need in zip(groups, needed, strict=True)
         ]
         # Those that give come first.
-        for group, budget in sorted(zip(groups, wanted, strict=True), key=lambda pair: pair[1] - pair[0].budget):
+        for group, budget in sorted(
+            zip(groups, wanted, strict=True), key=lambda pair: pair[1] - pair[0].budget
+        ):
             group.set_budget(budget)
 
     # ---- groups ----
@@ -532,7 +539,9 @@ class VattnCache(cache_utils.Cache):
         return new
 
     def __reduce__(self) -> Any:
-        raise TypeError("a VattnCache belongs to its process and can't be pickled; copy.deepcopy makes another one")
+        raise TypeError(
+            "a VattnCache belongs to its process and can't be pickled; copy.deepcopy makes another one"
+        )
 
 
 def _said(shape: Shape) -> str:

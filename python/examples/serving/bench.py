@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-
 import workload
 from engine import Engine, Report, Request
 from model import Config, Model
@@ -45,7 +44,10 @@ def store_static(shape: Shape, options: argparse.Namespace) -> Store:
 
 
 STORES: dict[str, Callable[[Shape, argparse.Namespace], Store]] = {
-    "vattn": store_vattn, "paged": store_paged, "static": store_static}
+    "vattn": store_vattn,
+    "paged": store_paged,
+    "static": store_static,
+}
 
 
 def quantiles(numbers: list[float]) -> dict[str, float]:
@@ -72,7 +74,7 @@ def each_token(request: Request) -> float:
 
 def thinned(entries: list, most: int = 400) -> list:
     """No more than so many of them, evenly spread."""
-    return entries[::-(-len(entries) // most) or 1]
+    return entries[:: -(-len(entries) // most) or 1]
 
 
 def summary(requests: list[Request], report: Report) -> dict:
@@ -96,22 +98,32 @@ def summary(requests: list[Request], report: Report) -> dict:
         "graphed_steps": report.graphed,
         "preempted": report.preempted,
         "allocating_share": report.allocating / report.seconds,
-        "mean_active": sum(span * entry[1] for span, entry in zip(spans, report.active)) / busy if busy else 0.0,
+        "mean_active": sum(span * entry[1] for span, entry in zip(spans, report.active)) / busy
+        if busy
+        else 0.0,
         "most_held": max((held for _, _, held in report.active), default=0),
         "samples": {"ttft": sorted(ttft), "tpot": sorted(tpot), "memory": thinned(report.active)},
     }
 
 
-def served(model: Model, shape: Shape, name: str, options: argparse.Namespace, requests: list[Request]) -> dict:
+def served(
+    model: Model, shape: Shape, name: str, options: argparse.Namespace, requests: list[Request]
+) -> dict:
     """One run of one store."""
     store = STORES[name](shape, options)
     try:
         engine = Engine(model, store, prefill=options.prefill, decode=options.decode, chunk=options.chunk)
         # What is compiled or captured at first use is not what a server's users wait for.
-        engine.run([replace(request, answer=min(request.answer, 8), arrival=0.0, tokens=[], times=[])
-                    for request in requests[:options.warm_up]])
+        engine.run(
+            [
+                replace(request, answer=min(request.answer, 8), arrival=0.0, tokens=[], times=[])
+                for request in requests[: options.warm_up]
+            ]
+        )
         return summary(requests, engine.run(requests)) | {
-            "prefill_kernel": engine.prefill_name, "decode_kernel": engine.decode_name}
+            "prefill_kernel": engine.prefill_name,
+            "decode_kernel": engine.decode_name,
+        }
     finally:
         store.close()
         del store
@@ -125,7 +137,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--trace", type=Path, required=True)
     made.add_argument("--stores", default="vattn,paged,static")
-    made.add_argument("--model", type=Path, help="a Hugging Face folder; without, random weights of Llama-3-8B's shape")
+    made.add_argument(
+        "--model", type=Path, help="a Hugging Face folder; without, random weights of Llama-3-8B's shape"
+    )
     made.add_argument("--tiny", action="store_true", help="a tiny model on the processor")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--limit", type=int, help="how many requests")
@@ -156,25 +170,48 @@ def main(arguments: list[str] | None = None) -> int:
     if options.model:
         model = Model.load(options.model, options.longest, device=device, dtype=dtype)
     else:
-        model = Model.random(Config.tiny() if options.tiny else Config(), options.longest, device=device, dtype=dtype)
+        model = Model.random(
+            Config.tiny() if options.tiny else Config(), options.longest, device=device, dtype=dtype
+        )
     config = model.config
-    shape = Shape(config.layers, config.kv_heads, config.head_dim, dtype, device, int(options.budget * 2**30),
-                  options.longest, options.most)
+    shape = Shape(
+        config.layers,
+        config.kv_heads,
+        config.head_dim,
+        dtype,
+        device,
+        int(options.budget * 2**30),
+        options.longest,
+        options.most,
+    )
     results: dict[str, list[dict]] = {name: [] for name in names}
     with torch.inference_mode():
         for turn in range(options.rounds):
             # Each round begins with another store, so that none is always the first.
-            for name in names[turn % len(names):] + names[:turn % len(names)]:
-                requests = workload.requests(options.trace, vocab=config.vocab, longest=options.longest,
-                                             limit=options.limit, load=options.load, shorten=options.shorten)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                requests = workload.requests(
+                    options.trace,
+                    vocab=config.vocab,
+                    longest=options.longest,
+                    limit=options.limit,
+                    load=options.load,
+                    shorten=options.shorten,
+                )
                 found = served(model, shape, name, options, requests)
                 results[name].append(found)
-                print(f"{name}, round {turn + 1}: {found['tokens_per_second']:,.0f} tokens/s, "
-                      f"TTFT p50 {found['ttft']['p50']:.3f} s, time a token p50 {found['tpot']['p50'] * 1e3:.2f} ms, "
-                      f"{found['preempted']} preempted, allocation {found['allocating_share']:.2%}", flush=True)
+                print(
+                    f"{name}, round {turn + 1}: {found['tokens_per_second']:,.0f} tokens/s, "
+                    f"TTFT p50 {found['ttft']['p50']:.3f} s, time a token p50 {found['tpot']['p50'] * 1e3:.2f} ms, "
+                    f"{found['preempted']} preempted, allocation {found['allocating_share']:.2%}",
+                    flush=True,
+                )
     if options.json:
-        told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        options.json.write_text(json.dumps({"options": told, "model": asdict(config), "results": results}, indent=1))
+        told = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+        }
+        options.json.write_text(
+            json.dumps({"options": told, "model": asdict(config), "results": results}, indent=1)
+        )
     return 0
 
 

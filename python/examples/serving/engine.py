@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy
 import torch
-
 from kernels import DECODE, PREFILL
 from model import Model
 from sampling import Sampling, sample
@@ -59,7 +58,7 @@ class Request:
         split = len(self.prompt)
         if stop <= split:
             return self.prompt[start:stop]
-        return self.prompt[start:] + self.tokens[max(start - split, 0):stop - split]
+        return self.prompt[start:] + self.tokens[max(start - split, 0) : stop - split]
 
 
 @dataclass
@@ -80,8 +79,16 @@ class Report:
 class Engine:
     """A model, a store, and the requests that are under way."""
 
-    def __init__(self, model: Model, store: Store, *, prefill: str | None = None, decode: str | None = None,
-                 chunk: int = 2048, graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: Model,
+        store: Store,
+        *,
+        prefill: str | None = None,
+        decode: str | None = None,
+        chunk: int = 2048,
+        graphs: bool = True,
+    ) -> None:
         self.model, self.store, self.chunk = model, store, chunk
         on_card = store.shape.device.type == "cuda"
         self.prefill_name = prefill or (store.prefill if on_card else "reference")
@@ -144,7 +151,9 @@ class Engine:
     def choose(self) -> tuple[list[Request], list[tuple[Request, int]]]:
         """Which requests are decoded, and which get how many tokens of their prompt; memory is there for all."""
         while True:
-            decodes = [request for request in self.running if request.kept + 1 == request.total and request.tokens]
+            decodes = [
+                request for request in self.running if request.kept + 1 == request.total and request.tokens
+            ]
             left = self.chunk - len(decodes)
             prefills = []
             for request in self.running:
@@ -176,7 +185,8 @@ class Engine:
             left -= new
         if not wanted:
             raise MemoryError(
-                f"a request of {self.waiting[0].total} tokens does not fit into an empty cache; raise the budget")
+                f"a request of {self.waiting[0].total} tokens does not fit into an empty cache; raise the budget"
+            )
         self.store.grow(wanted)
         return decodes, prefills
 
@@ -184,7 +194,8 @@ class Engine:
         """Ends the youngest request for now."""
         if len(self.running) == 1:
             raise MemoryError(
-                f"one request of {self.running[0].total} tokens does not fit into the cache; raise the budget")
+                f"one request of {self.running[0].total} tokens does not fit into the cache; raise the budget"
+            )
         request = self.running.pop()
         request.preempted += 1
         self.report.preempted += 1
@@ -200,7 +211,7 @@ class Engine:
         batch = self.batch(len(decodes))
         batch.fill(decodes)
         self.report.graphed += batch.graph is not None
-        return sample(batch.forward()[:len(decodes)], [request.sampling for request in decodes])
+        return sample(batch.forward()[: len(decodes)], [request.sampling for request in decodes])
 
     def mixed_step(self, decodes: list[Request], prefills: list[tuple[Request, int]]) -> list[int]:
         """One token for each of some, and a part of the prompt of others."""
@@ -235,8 +246,11 @@ class Engine:
             return torch.cat((batch.kernel.run(layer, padded)[:count], after))
 
         logits = self.model.forward(
-            torch.tensor(tokens, device=device), torch.from_numpy(numpy.concatenate(positions)).to(device),
-            torch.tensor(asked, dtype=torch.int64, device=device), attend)
+            torch.tensor(tokens, device=device),
+            torch.from_numpy(numpy.concatenate(positions)).to(device),
+            torch.tensor(asked, dtype=torch.int64, device=device),
+            attend,
+        )
         samplings = [request.sampling for request in decodes]
         samplings += [request.sampling for (request, _), end in zip(prefills, ends) if end == request.total]
         return sample(logits, samplings)

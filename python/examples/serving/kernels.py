@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import numpy
 import torch
 import torch.nn.functional as functional
-
 from store import Handle, Pages, Slots, Store
 
 WORKSPACE = 256 << 20
@@ -71,17 +70,22 @@ class ReferencePrefill(Prefill):
     def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
         device = self.store.shape.device
         self.new = list(new)
-        self.rows = [torch.from_numpy(self.store.rows(handle, 0, total)).to(device)
-                     for handle, total in zip(handles, totals)]
+        self.rows = [
+            torch.from_numpy(self.store.rows(handle, 0, total)).to(device)
+            for handle, total in zip(handles, totals)
+        ]
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         outputs = []
         for part, rows in zip(query.split(self.new), self.rows):
-            keys, values = (rows_of[layer][rows].transpose(0, 1)[None] for rows_of in (self.store.keys, self.store.values))
+            keys, values = (
+                rows_of[layer][rows].transpose(0, 1)[None] for rows_of in (self.store.keys, self.store.values)
+            )
             count, total = len(part), len(rows)
             seen = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
             out = functional.scaled_dot_product_attention(
-                part.transpose(0, 1)[None], keys, values, attn_mask=seen, enable_gqa=True)
+                part.transpose(0, 1)[None], keys, values, attn_mask=seen, enable_gqa=True
+            )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 
@@ -115,7 +119,9 @@ class Fa3Prefill(Prefill):
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         keys, values = self.store.slot_keys[layer], self.store.slot_values[layer]
         outputs = [
-            self.attend(part[None], keys[slot:slot + 1, :total], values[slot:slot + 1, :total], causal=True)[0]
+            self.attend(
+                part[None], keys[slot : slot + 1, :total], values[slot : slot + 1, :total], causal=True
+            )[0]
             for part, (slot, total) in zip(query.split(self.new), self.at)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -142,8 +148,13 @@ class Fa3Decode(Decode):
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         return self.attend(
-            query[:, None], self.store.slot_keys[layer], self.store.slot_values[layer], cache_seqlens=self.lengths,
-            cache_batch_idx=self.slots, causal=True)[:, 0]
+            query[:, None],
+            self.store.slot_keys[layer],
+            self.store.slot_values[layer],
+            cache_seqlens=self.lengths,
+            cache_batch_idx=self.slots,
+            causal=True,
+        )[:, 0]
 
 
 class FlashInferPrefill(Prefill):
@@ -154,17 +165,26 @@ class FlashInferPrefill(Prefill):
 
         self.store, self.heads = store, heads
         self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            workspace(store.shape.device), "NHD", backend=backend)
+            workspace(store.shape.device), "NHD", backend=backend
+        )
 
     def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
         store, shape = self.store, self.store.shape
         tables = [store.pages(handle, total) for handle, total in zip(handles, totals)]
         last = torch.tensor([(total - 1) % store.page_tokens + 1 for total in totals], dtype=torch.int32)
         self.wrapper.plan(
-            starts(new).to(shape.device), starts([len(table) for table in tables]).to(shape.device),
-            torch.from_numpy(numpy.concatenate(tables)).to(shape.device), last.to(shape.device), self.heads,
-            shape.kv_heads, shape.head_dim, store.page_tokens, causal=True, q_data_type=shape.dtype,
-            kv_data_type=shape.dtype)
+            starts(new).to(shape.device),
+            starts([len(table) for table in tables]).to(shape.device),
+            torch.from_numpy(numpy.concatenate(tables)).to(shape.device),
+            last.to(shape.device),
+            self.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            store.page_tokens,
+            causal=True,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+        )
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         return self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]))
@@ -183,9 +203,14 @@ class FlashInferDecode(Decode):
             return torch.empty(count, dtype=torch.int32, device=device)
 
         self.wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            workspace(device), "NHD", use_cuda_graph=True, use_tensor_cores=heads // store.shape.kv_heads >= 4,
-            paged_kv_indptr_buffer=buffer(width + 1), paged_kv_indices_buffer=buffer(width * longest),
-            paged_kv_last_page_len_buffer=buffer(width))
+            workspace(device),
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=heads // store.shape.kv_heads >= 4,
+            paged_kv_indptr_buffer=buffer(width + 1),
+            paged_kv_indices_buffer=buffer(width * longest),
+            paged_kv_last_page_len_buffer=buffer(width),
+        )
 
     def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
         store, shape = self.store, self.store.shape
@@ -194,9 +219,16 @@ class FlashInferDecode(Decode):
         tables += [numpy.array([store.spare_page], dtype=numpy.int32)] * padding
         last = [(total - 1) % store.page_tokens + 1 for total in totals] + [1] * padding
         self.wrapper.plan(
-            starts([len(table) for table in tables]), torch.from_numpy(numpy.concatenate(tables)),
-            torch.tensor(last, dtype=torch.int32), self.heads, shape.kv_heads, shape.head_dim, store.page_tokens,
-            q_data_type=shape.dtype, kv_data_type=shape.dtype)
+            starts([len(table) for table in tables]),
+            torch.from_numpy(numpy.concatenate(tables)),
+            torch.tensor(last, dtype=torch.int32),
+            self.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            store.page_tokens,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+        )
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         return self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]))

@@ -41,7 +41,9 @@ class Config:
     @classmethod
     def tiny(cls) -> Config:
         """Small enough for a test on the processor."""
-        return cls(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=256, rope_theta=10000.0)
+        return cls(
+            layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=256, rope_theta=10000.0
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Config:
@@ -52,13 +54,19 @@ class Config:
         if kind not in ("llama", "mistral"):
             raise ValueError(f"{path}: model_type is {kind!r}, and this engine knows 'llama' and 'mistral'")
         if said.get("sliding_window"):
-            raise ValueError(f"{path}: sliding_window is {said['sliding_window']}, and this engine attends to everything")
+            raise ValueError(
+                f"{path}: sliding_window is {said['sliding_window']}, and this engine attends to everything"
+            )
         rope = said.get("rope_parameters") or {}
-        scaling = said.get("rope_scaling") or ({k: v for k, v in rope.items() if k != "rope_theta"} if rope else None)
+        scaling = said.get("rope_scaling") or (
+            {k: v for k, v in rope.items() if k != "rope_theta"} if rope else None
+        )
         if scaling and scaling.get("rope_type", "default") == "default":
             scaling = None
         if scaling and scaling["rope_type"] != "llama3":
-            raise ValueError(f"{path}: rope_type is {scaling['rope_type']!r}, and this engine knows 'default' and 'llama3'")
+            raise ValueError(
+                f"{path}: rope_type is {scaling['rope_type']!r}, and this engine knows 'default' and 'llama3'"
+            )
         return cls(
             layers=said["num_hidden_layers"],
             hidden=said["hidden_size"],
@@ -89,8 +97,15 @@ class Layer:
 class Model:
     """Weights on a device."""
 
-    def __init__(self, config: Config, embedding: torch.Tensor, layers: list[Layer], norm: torch.Tensor,
-                 head: torch.Tensor, longest: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        embedding: torch.Tensor,
+        layers: list[Layer],
+        norm: torch.Tensor,
+        head: torch.Tensor,
+        longest: int,
+    ) -> None:
         self.config = config
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
         self.cosine, self.sine = (table.to(embedding.device) for table in rotations(config, longest))
@@ -105,8 +120,9 @@ class Model:
         return self.embedding.dtype
 
     @classmethod
-    def random(cls, config: Config, longest: int, *, device: torch.device | str, dtype: torch.dtype,
-               seed: int = 0) -> Model:
+    def random(
+        cls, config: Config, longest: int, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+    ) -> Model:
         """Weights of the size that training begins with."""
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -119,8 +135,14 @@ class Model:
 
         queries, pairs = config.heads * config.head_dim, config.kv_heads * config.head_dim
         layers = [
-            Layer(ones(), weight(queries + 2 * pairs, config.hidden), weight(config.hidden, queries), ones(),
-                  weight(2 * config.ffn, config.hidden), weight(config.hidden, config.ffn))
+            Layer(
+                ones(),
+                weight(queries + 2 * pairs, config.hidden),
+                weight(config.hidden, queries),
+                ones(),
+                weight(2 * config.ffn, config.hidden),
+                weight(config.hidden, config.ffn),
+            )
             for _ in range(config.layers)
         ]
         embedding = weight(config.vocab, config.hidden)
@@ -151,16 +173,23 @@ class Model:
             at = f"model.layers.{number}."
             qkv = torch.cat([of(f"{at}self_attn.{part}_proj.weight") for part in "qkv"])
             gate_up = torch.cat([of(f"{at}mlp.{part}_proj.weight") for part in ("gate", "up")])
-            return Layer(of(at + "input_layernorm.weight"), qkv, of(at + "self_attn.o_proj.weight"),
-                         of(at + "post_attention_layernorm.weight"), gate_up, of(at + "mlp.down_proj.weight"))
+            return Layer(
+                of(at + "input_layernorm.weight"),
+                qkv,
+                of(at + "self_attn.o_proj.weight"),
+                of(at + "post_attention_layernorm.weight"),
+                gate_up,
+                of(at + "mlp.down_proj.weight"),
+            )
 
         layers = [layer(number) for number in range(config.layers)]
         embedding = of("model.embed_tokens.weight")
         head = embedding if config.tied else of("lm_head.weight")
         return cls(config, embedding, layers, of("model.norm.weight"), head, longest)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, asked: torch.Tensor | None,
-                attend: Attend) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, asked: torch.Tensor | None, attend: Attend
+    ) -> torch.Tensor:
         """One pass. `asked` names the rows whose logits are wanted; `None` is all of them."""
         config = self.config
         hidden = functional.embedding(tokens, self.embedding)
@@ -178,7 +207,9 @@ class Model:
             hidden = hidden + functional.linear(functional.silu(gate) * up, layer.down)
         if asked is not None:
             hidden = hidden[asked]
-        return functional.linear(functional.rms_norm(hidden, (config.hidden,), self.norm, config.eps), self.head)
+        return functional.linear(
+            functional.rms_norm(hidden, (config.hidden,), self.norm, config.eps), self.head
+        )
 
 
 def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -189,7 +220,9 @@ def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 def rotations(config: Config, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines `[position, head_dim / 2]`, in float32."""
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    frequencies = config.rope_theta ** -(
+        torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    )
     if config.rope_scaling:
         frequencies = stretched(frequencies, config.rope_scaling)
     angles = torch.outer(torch.arange(longest, dtype=torch.float64), frequencies)

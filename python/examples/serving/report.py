@@ -1,6 +1,6 @@
 """One HTML page from the results of runs: a table, and plots of throughput, latency and memory.
 
-    python report.py results/*.json --out page.html
+python report.py results/*.json --out page.html
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def drawn(draw: Callable[[plots.Axes], None], title: str, x: str, y: str) -> str
     text = io.StringIO()
     figure.savefig(text, format="svg")
     plots.close(figure)
-    return f"<figure>{text.getvalue()[text.getvalue().index('<svg'):]}</figure>"
+    return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"
 
 
 def bars(results: dict[str, list[dict]]) -> Callable[[plots.Axes], None]:
@@ -63,7 +63,13 @@ def bars(results: dict[str, list[dict]]) -> Callable[[plots.Axes], None]:
         for name, runs in results.items():
             found = [run["tokens_per_second"] for run in runs]
             middle = statistics.median(found)
-            axes.bar(name, middle, color=COLOURS.get(name), yerr=[[middle - min(found)], [max(found) - middle]], capsize=4)
+            axes.bar(
+                name,
+                middle,
+                color=COLOURS.get(name),
+                yerr=[[middle - min(found)], [max(found) - middle]],
+                capsize=4,
+            )
 
     return draw
 
@@ -74,7 +80,12 @@ def shares(results: dict[str, list[dict]], of: str, scale: float) -> Callable[[p
     def draw(axes: plots.Axes) -> None:
         for name, runs in results.items():
             found = sorted(scale * sample for run in runs for sample in run["samples"][of])
-            axes.plot(found, [(at + 1) / len(found) for at in range(len(found))], label=name, color=COLOURS.get(name))
+            axes.plot(
+                found,
+                [(at + 1) / len(found) for at in range(len(found))],
+                label=name,
+                color=COLOURS.get(name),
+            )
         axes.set_xscale("log")
 
     return draw
@@ -86,8 +97,12 @@ def over_time(results: dict[str, list[dict]], column: int, scale: float) -> Call
     def draw(axes: plots.Axes) -> None:
         for name, runs in results.items():
             memory = runs[-1]["samples"]["memory"]
-            axes.plot([entry[0] for entry in memory], [entry[column] / scale for entry in memory], label=name,
-                      color=COLOURS.get(name))
+            axes.plot(
+                [entry[0] for entry in memory],
+                [entry[column] / scale for entry in memory],
+                label=name,
+                color=COLOURS.get(name),
+            )
 
     return draw
 
@@ -98,18 +113,25 @@ def table(results: dict[str, list[dict]]) -> str:
     rows = []
     for name, runs in results.items():
         kernels = f"{name} ({runs[0]['prefill_kernel']}, {runs[0]['decode_kernel']})"
-        cells = "".join(f"<td>{form.format(statistics.median(map(of, runs)))}</td>" for _, of, form in COLUMNS)
+        cells = "".join(
+            f"<td>{form.format(statistics.median(map(of, runs)))}</td>" for _, of, form in COLUMNS
+        )
         rows.append(f"<tr><td>{html.escape(kernels)}</td>{cells}</tr>")
     rounds = max(len(runs) for runs in results.values())
-    return (f"<table><caption>Medians of {rounds} rounds; in brackets the kernels of prefill and decode.</caption>"
-            f"<tr><th>cache</th>{head}</tr>{''.join(rows)}</table>")
+    return (
+        f"<table><caption>Medians of {rounds} rounds; in brackets the kernels of prefill and decode.</caption>"
+        f"<tr><th>cache</th>{head}</tr>{''.join(rows)}</table>"
+    )
 
 
 def section(title: str, told: dict) -> str:
     """One run's part of the page."""
     results = told["results"]
-    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told["options"].items()
-                        if value not in (None, False) and name not in ("json", "stores"))
+    options = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in told["options"].items()
+        if value not in (None, False) and name not in ("json", "stores")
+    )
     pictures = [
         drawn(bars(results), "Throughput", "", "tokens/s"),
         drawn(shares(results, "ttft", 1.0), "Time to the first token", "s", "share of requests"),
@@ -117,13 +139,15 @@ def section(title: str, told: dict) -> str:
         drawn(over_time(results, 2, 2**30), "Memory held", "s", "GiB"),
         drawn(over_time(results, 1, 1), "Requests with memory", "s", "requests"),
     ]
-    return (f"<h2>{html.escape(title)}</h2><p>{html.escape(options)}</p>{table(results)}{''.join(pictures)}")
+    return f"<h2>{html.escape(title)}</h2><p>{html.escape(options)}</p>{table(results)}{''.join(pictures)}"
 
 
 def page(sections: Iterable[str]) -> str:
     """All of it."""
-    return (f"<!doctype html><meta charset='utf-8'><title>One engine, three KV caches</title><style>{STYLE}</style>"
-            f"<h1>One engine, three KV caches</h1>{''.join(sections)}\n")
+    return (
+        f"<!doctype html><meta charset='utf-8'><title>One engine, three KV caches</title><style>{STYLE}</style>"
+        f"<h1>One engine, three KV caches</h1>{''.join(sections)}\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy
 import torch
-
 from store import Pages, Shape
 
 
@@ -22,7 +21,7 @@ class Request:
         end = self.count + len(pages)
         if end > len(self.table):
             self.table = numpy.resize(self.table, max(end, 2 * len(self.table)))
-        self.table[self.count:end] = pages
+        self.table[self.count : end] = pages
         self.count = end
 
 
@@ -36,7 +35,9 @@ class Paged(Pages):
         self.shape, self.page_tokens = shape, page_tokens
         count = shape.budget // (shape.token_bytes * page_tokens)
         if count < 2:
-            raise ValueError(f"a budget of {shape.budget} bytes is less than two pages of {page_tokens} tokens; raise it")
+            raise ValueError(
+                f"a budget of {shape.budget} bytes is less than two pages of {page_tokens} tokens; raise it"
+            )
         of = (shape.layers, 2, count, page_tokens, shape.kv_heads, shape.head_dim)
         self.pool = torch.empty(of, dtype=shape.dtype, device=shape.device)
         self.page_keys = [layer[0] for layer in self.pool]
@@ -74,20 +75,25 @@ class Paged(Pages):
         for request, tokens in wanted:
             more = self.needed(tokens) - request.count
             if more > len(self.free):
-                raise MemoryError(f"{more} pages are needed and {len(self.free)} are free; end a request first")
+                raise MemoryError(
+                    f"{more} pages are needed and {len(self.free)} are free; end a request first"
+                )
             if more > 0:
                 request.add([self.free.pop() for _ in range(more)])
 
     def end(self, handle: Request) -> None:
-        self.free.extend(reversed(handle.table[:handle.count].tolist()))
+        self.free.extend(reversed(handle.table[: handle.count].tolist()))
         handle.count = 0
 
     def rows(self, handle: Request, start: int, stop: int) -> numpy.ndarray:
         at = numpy.arange(start, stop, dtype=numpy.int64)
-        return handle.table[at // self.page_tokens].astype(numpy.int64) * self.page_tokens + at % self.page_tokens
+        return (
+            handle.table[at // self.page_tokens].astype(numpy.int64) * self.page_tokens
+            + at % self.page_tokens
+        )
 
     def pages(self, handle: Request, tokens: int) -> numpy.ndarray:
-        return handle.table[:self.needed(tokens)]
+        return handle.table[: self.needed(tokens)]
 
     def held(self) -> int:
         return self.pool.numel() * self.pool.itemsize

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from store import Shape, Slots
 
 
@@ -22,7 +21,8 @@ class Static(Slots):
         if slots < 2:
             raise ValueError(
                 f"a budget of {shape.budget} bytes holds {slots} slots of {shape.longest} tokens, and two are needed; "
-                "raise it, or serve shorter requests")
+                "raise it, or serve shorter requests"
+            )
         of = (shape.layers, 2, slots, shape.longest, shape.kv_heads, shape.head_dim)
         self.pool = torch.empty(of, dtype=shape.dtype, device=shape.device)
         self.slot_keys = [layer[0] for layer in self.pool]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy
 import torch
+from store import Pages, Shape, Slots
 
 import vattn
 import vattn.torch
-from store import Pages, Shape, Slots
 
 
 class Vattn(Slots, Pages):
@@ -18,17 +18,33 @@ class Vattn(Slots, Pages):
     name = "vattn"
     prefill, decode = "fa3", "flashinfer"
 
-    def __init__(self, shape: Shape, *, layout: str | int = "sliced", page_tokens: int = 16,
-                 tile_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        layout: str | int = "sliced",
+        page_tokens: int = 16,
+        tile_tokens: int = 1,
+        driver: vattn.Driver | None = None,
+    ) -> None:
         self.shape = shape
         self.page_tokens = page_tokens
-        cuda = shape.device.type == "cuda"
-        driver = vattn.CudaDriver(shape.device.index or 0) if cuda else vattn.HostDriver(2 * shape.budget)
-        model = vattn.Geometry([vattn.Layers(shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)],
-                               dtype=str(shape.dtype).removeprefix("torch."))
+        driver = driver or vattn.torch.driver_for(shape.device)
+        model = vattn.Geometry(
+            [vattn.Layers(shape.layers, shape.kv_heads, shape.head_dim, shape.head_dim)],
+            dtype=str(shape.dtype).removeprefix("torch."),
+        )
         self.cache = vattn.KvCache(
-            model, driver, budget=shape.budget, max_tokens=shape.longest, max_slots=shape.most, spare_slot=True,
-            page_tokens=page_tokens, tile_tokens=tile_tokens, layout=layout)
+            model,
+            driver,
+            budget=shape.budget,
+            max_tokens=shape.longest,
+            max_slots=shape.most,
+            spare_slot=True,
+            page_tokens=page_tokens,
+            tile_tokens=tile_tokens,
+            layout=layout,
+        )
         plan = self.cache.layout
         self.stride, self.per_slot = plan.stride_tokens, plan.pages_per_slot
         self.spare_row = plan.spare_slot * self.stride
@@ -71,4 +87,14 @@ class Vattn(Slots, Pages):
         return self.cache.bytes().held
 
     def close(self) -> None:
+        # A tensor over the cache's memory keeps its addresses.
+        for tensors in (
+            self.slot_keys,
+            self.slot_values,
+            self.page_keys,
+            self.page_values,
+            self.keys,
+            self.values,
+        ):
+            tensors.clear()
         self.cache.close()

@@ -31,11 +31,22 @@ def read(path: Path) -> Iterator[tuple[float, int, int]]:
             for row in rows:
                 yield 0.0, int(row["num_prefill_tokens"]), int(row["num_decode_tokens"])
         else:
-            raise ValueError(f"{path} has the fields {sorted(fields)}, which are those of no trace that is known here")
+            raise ValueError(
+                f"{path} has the fields {sorted(fields)}, which are those of no trace that is known here"
+            )
 
 
-def requests(path: Path, *, vocab: int, longest: int, limit: int | None = None, skip: int = 0, load: float = 1.0,
-             shorten: float = 1.0, seed: int = 0) -> list[Request]:
+def requests(
+    path: Path,
+    *,
+    vocab: int,
+    longest: int,
+    limit: int | None = None,
+    skip: int = 0,
+    load: float = 1.0,
+    shorten: float = 1.0,
+    seed: int = 0,
+) -> list[Request]:
     """The trace's requests of at most `longest` tokens, from number `skip` on.
 
     `load` divides the times between arrivals, `shorten` the lengths of prompts (for a model of a shorter context).
