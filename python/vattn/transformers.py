@@ -466,7 +466,7 @@ class VattnCache(cache_utils.Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows, in this order: indices, or a truth for each row. The others' memory is kept for
-        rows that come."""
+        rows that come, until half of all rows have gone."""
         self._rearrange(
             lambda rows: torch.arange(rows, device=indices.device)[indices].tolist(),
             lambda layer: layer.batch_select_indices(indices),
