@@ -250,6 +250,54 @@ def test_rows_come_go_and_change_places(kind: str, driver: vattn.Driver) -> None
             both(tokens[:, at : at + 1])
 
 
+def test_without_tokens_there_are_no_rows_to_choose(driver: vattn.Driver) -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    states = torch.ones(2, 4, 3, 8)
+    with VattnCache(config, driver=driver) as cache:
+        cache.update(states, states, 0)
+        with pytest.raises(ValueError, match=r"no row would be left: call reset\(\)"):
+            cache.batch_select_indices(torch.tensor([], dtype=torch.long))
+        cache.reset()
+        cache.batch_select_indices(torch.tensor([7, 8]))
+        cache.batch_repeat_interleave(3)
+        with pytest.raises(ValueError, match="states of no rows"):
+            cache.update(states[:0], states[:0], 0)
+        cache.update(states, states, 0)
+
+
+def test_a_layer_that_comes_after_the_rows_changed_is_refused(driver: vattn.Driver) -> None:
+    states = torch.ones(2, 4, 3, 8)
+    with VattnCache(transformers.LlamaConfig(**SIZES), driver=driver) as cache:
+        cache.update(states, states, 0)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(RuntimeError, match="rows changed in the midst of its forward pass"):
+            cache.update(states, states, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_rows_of_single_bytes_change_places(dtype: str, driver: vattn.Driver) -> None:
+    states = torch.arange(2 * 4 * 3 * 8.0).reshape(2, 4, 3, 8).fmod(8).to(getattr(torch, dtype))
+    states[1] = states[1].float().neg().to(states.dtype)
+    with VattnCache(transformers.LlamaConfig(**SIZES), driver=driver) as cache:
+        cache.update(states, states, 0)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        assert torch.equal(cache.layers[0].keys.float(), states.float()[[1, 1]])
+
+
+def test_a_crop_that_is_refused_takes_nothing_away(driver: vattn.Driver) -> None:
+    # Its layers that keep every token could.
+    model = make("Gemma3Text", layer_types=["full_attention", "sliding_attention"] * 3)
+    tokens = torch.randint(3, 97, (1, 60))
+    with VattnCache(model, driver=driver) as cache:
+        whole = steps(model, own(model), tokens)
+        steps(model, cache, tokens[:, :50])
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.crop(-3)
+        torch.testing.assert_close(steps(model, cache, tokens[:, 50:]), whole[:, 50:], atol=1e-4, rtol=1e-4)
+        cache.crop(-60)
+        torch.testing.assert_close(steps(model, cache, tokens), whole)
+
+
 def test_crop_takes_tokens_away_and_reset_all_of_them(driver: vattn.Driver) -> None:
     model = make("Llama")
     tokens = prompt(padded=False)["input_ids"]
@@ -407,6 +455,37 @@ def test_groups_share_a_budget(driver: vattn.Driver) -> None:
             steps(model, cache, tokens[:, at : at + 10])
             assert cache.bytes_held() <= 2 << 20
         assert len(cache.groups) == 2
+
+
+@small_granules
+def test_groups_hold_no_more_than_the_budget_together(driver: vattn.Driver) -> None:
+    config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 4})
+
+    def take(cache: VattnCache, count: int) -> None:
+        for layer in range(4):
+            states = torch.ones(1, 4 if layer % 2 else 2, count, 8)
+            cache.update(states, states, layer)
+
+    with VattnCache(config, driver=driver, budget="1MiB") as cache:
+        take(cache, 100)
+        with pytest.raises(vattn.OutOfBudget, match="larger budget="):
+            for _ in range(30):
+                take(cache, 100)
+                assert cache.bytes_held() <= 1 << 20
+        # The parts stay, whoever finds another cache for more rows.
+        cache.reset()
+        assert sum(group.budget for group in cache.groups) <= 1 << 20
+        cache.crop(0)
+        for layer in range(4):
+            states = torch.ones(9, 4 if layer % 2 else 2, 10, 8)
+            cache.update(states, states, layer)
+        cache.batch_repeat_interleave(2)
+        assert cache.groups[0].room == 18
+        assert sum(group.budget for group in cache.groups) <= 1 << 20
+    with VattnCache(config, driver=driver, budget="256KiB") as cache:
+        with pytest.raises(vattn.OutOfBudget, match="are needed at the least"):
+            take(cache, 100)
+        assert cache.bytes_held() <= 256 << 10
 
 
 @small_granules

@@ -205,16 +205,18 @@ class LayerGroup:
 
     # ---- taking tokens away ----
 
-    def crop(self, count: int) -> bool:
-        """Takes the last tokens away; `False` where what would be seen then was forgotten."""
+    def can_crop(self, count: int) -> bool:
+        """Whether the last tokens can be taken away: not where what would be seen then was forgotten."""
         after = self.after - count
         needed = after if self.shape.window is None else min(after, self.shape.window - 1)
-        if self.held - count < needed:
-            return False
+        return not after or self.held - count >= needed
+
+    def crop(self, count: int) -> None:
+        """Takes the last tokens away, where it can."""
+        after = self.after - count
         if count:
-            self.shrink(self.held - count)
+            self.shrink(self.held - count if after else 0)
         self.before, self.after, self.cropped = after, after, True
-        return True
 
     def clear(self) -> None:
         """No row holds a token; memory stays for the next ones."""
@@ -254,8 +256,10 @@ class LayerGroup:
         self.budget = budget
 
     def needed(self) -> int:
-        """Bytes that it takes at the least."""
-        return self.cache.bytes_for(self.held) * self.layers
+        """Bytes below which its budget can't go."""
+        layout, tokens_of = self.cache.layout, self.cache.bytes_for
+        spare = 0 if layout.spare_slot is None else tokens_of(max(layout.page_tokens, layout.tile_tokens))
+        return max(tokens_of(self.backed) * self.layers + spare, tokens_of(1))
 
     # ---- layers and rows ----
 
@@ -279,8 +283,11 @@ class LayerGroup:
         """So many rows without a token."""
         self.clear()
         if not self._suits(rows):
+            budget = self.budget
             self._end()
             self._open(rows)
+            self.set_rows(rows)
+            self.set_budget(max(budget, self.needed()))
         self.set_rows(rows)
 
     def _suits(self, rows: int) -> bool:
@@ -312,6 +319,9 @@ class LayerGroup:
         into, outof = torch.tensor(to, device=device), torch.tensor(source, device=device)
         for views in self.window(0, self.held):
             for view in views:
+                if view.element_size() == 1:
+                    # PyTorch has no such copy for floats of 8 bits everywhere.
+                    view = view.view(torch.uint8)
                 token = view.shape[1] * view.shape[3] * view.element_size() * len(to)
                 step = max(1, SCRATCH // token)
                 for at in range(0, self.held, step):
@@ -325,6 +335,7 @@ class LayerGroup:
         new = LayerGroup(self.shape, self.layers, room, open_cache)
         try:
             new.set_rows(self.rows)
+            new.set_budget(max(self.budget, new.needed()))
             new.grow(self.held)
         except BaseException:
             new.close()

@@ -20,6 +20,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -255,6 +256,11 @@ class VattnCache(cache_utils.Cache):
                 f"layer {layer_idx} holds {layer.length} tokens and others of its forward pass {group.before}: an "
                 "earlier pass ended half way; call crop() or reset()"
             )
+        if not group.turn:
+            raise RuntimeError(
+                f"layer {layer_idx} comes to a cache whose rows changed in the midst of its forward pass: call crop() "
+                "or reset()"
+            )
         into_keys, into_values, seen_keys, seen_values = group.turn[layer.at]
         if key_states.shape != group.keys_taken or value_states.shape != group.values_taken:
             raise ValueError(
@@ -296,7 +302,7 @@ class VattnCache(cache_utils.Cache):
                 )
             if rows != group.rows:
                 self._restart(group, rows)
-            self._grow(group, count, layer.record_past)
+            self._afford(group, partial(group.begin, count, layer.record_past))
         except REFUSALS as error:
             raise explained(error, rows, layer.length + count) from error
         return group
@@ -313,28 +319,31 @@ class VattnCache(cache_utils.Cache):
                         layer.group = None
             raise
 
-    def _grow(self, group: LayerGroup, count: int, keep_all: bool) -> None:
+    def _afford(self, group: LayerGroup, grow: Callable[[], None]) -> None:
+        """Has a group grow; where its part of the budget does not suffice, with another part."""
         try:
-            group.begin(count, keep_all)
+            grow()
         except vattn.OutOfBudget:
-            if self._opener.budget is None or len(self.groups) == 1:
+            if self._opener.budget is None:
                 raise
-            self._share()
+            self._share(group)
             try:
-                group.begin(count, keep_all)
+                grow()
             except vattn.OutOfBudget:
-                self._share(group)
-                group.begin(count, keep_all)
+                self._share(group, rest_for_it=True)
+                grow()
 
-    def _share(self, needy: LayerGroup | None = None) -> None:
-        """Deals the budget out anew among groups on one device: to each what it needs, and the rest to one of
-        them, or to all alike."""
-        device = (needy or self.groups[0]).shape.device
-        groups = [group for group in self.groups if group.shape.device == device]
+    def _share(self, one: LayerGroup, rest_for_it: bool = False) -> None:
+        """Deals the budget out anew among the groups on one's device: to each what it needs, and the rest to
+        that one, or to all alike."""
+        groups = [group for group in self.groups if group.shape.device == one.shape.device]
         needed = [group.needed() for group in groups]
-        rest = max((self._opener.budget or 0) - sum(needed), 0)
+        budget = self._opener.budget or 0
+        rest = budget - sum(needed)
+        if rest < 0:
+            raise vattn.OutOfBudget(f"of {budget} bytes that may be held, {sum(needed)} are needed at the least")
         wanted = [
-            need + (rest // len(groups) if needy is None else rest if group is needy else 0)
+            need + (rest // len(groups) if not rest_for_it else rest if group is one else 0)
             for group, need in zip(groups, needed, strict=True)
         ]
         # Those that give come first.
@@ -366,6 +375,13 @@ class VattnCache(cache_utils.Cache):
             group = LayerGroup(shape, len(plan), keys.shape[0], self._opener)
             group.plan = plan
             self.groups.append(group)
+            try:
+                if self._opener.budget is not None:
+                    self._share(group)
+            except BaseException:
+                self.groups.remove(group)
+                group.close()
+                raise
         layer.group, layer.at = group, group.plan.index(layer.index)
         return group
 
@@ -386,6 +402,8 @@ class VattnCache(cache_utils.Cache):
                 f"layer {layer.index} has keys {list(keys.shape)} of {keys.dtype} and values {list(values.shape)} "
                 f"of {values.dtype}; both have to be [batch, head, token, dim], alike but for dim: use a DynamicCache"
             )
+        if not keys.shape[0]:
+            raise ValueError(f"layer {layer.index} has states of no rows; give a batch of one at least")
         return Shape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device, layer.window)
 
     def _settle(self, group: LayerGroup) -> None:
@@ -428,16 +446,18 @@ class VattnCache(cache_utils.Cache):
                 f"layers hold from {min(lengths)} to {longest} tokens, since a forward pass ended half way: take "
                 f"{longest - min(lengths)} away at least, or call reset()"
             )
-        for index in self._others():
-            other: Any = self.layers[index]
-            other.crop(tokens_to_remove)
-        for group in self.groups:
-            count = max(group.after - end, 0)
-            if not group.crop(count):
+        counts = [max(group.after - end, 0) for group in self.groups]
+        for group, count in zip(self.groups, counts, strict=True):
+            if not group.can_crop(count):
                 raise RuntimeError(
                     f"{count} tokens can't be taken from a window of {group.shape.window} that has forgotten what "
                     "was before them: call activate_past_recording() before the forward pass that adds them"
                 )
+        for index in self._others():
+            other: Any = self.layers[index]
+            other.crop(tokens_to_remove)
+        for group, count in zip(self.groups, counts, strict=True):
+            group.crop(count)
         for layer in self._own():
             layer.length = 0 if layer.group is None else layer.group.after
 
@@ -451,11 +471,7 @@ class VattnCache(cache_utils.Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was, in place: rows that stay are not touched."""
-        held = any(group.held for group in self.groups)
-        sources = beam_idx.tolist() if held else []
-        self._rearrange(
-            lambda rows: sources if held else range(rows), lambda layer: layer.reorder_cache(beam_idx)
-        )
+        self._rearrange(lambda rows: beam_idx.tolist(), lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row becomes `repeats` rows beside each other."""
@@ -473,14 +489,17 @@ class VattnCache(cache_utils.Cache):
         )
 
     def _rearrange(self, choose: Callable[[int], Sequence[int]], change: Callable[[Any], Any]) -> None:
-        """Has every layer's rows become those chosen of so many. Where memory is refused nothing is changed."""
-        plans = [(group, group.rows, choose(group.rows)) for group in self.groups]
+        """Has every layer's rows become those chosen of so many. Where memory is refused nothing is changed.
+        Without tokens there are no rows yet."""
+        plans = [(group, group.rows, choose(group.rows)) for group in self.groups if group.after]
         for group, rows, sources in plans:
+            if not sources:
+                raise ValueError("no row would be left: call reset() instead")
             if any(not 0 <= source < rows for source in sources):
                 raise IndexError(f"rows {list(sources)} are asked for, and there are {rows}")
         try:
             for group, _, sources in plans:
-                group.widen(len(sources))
+                self._afford(group, partial(group.widen, len(sources)))
             for index in self._others():
                 change(self.layers[index])
         except BaseException as error:
