@@ -31,14 +31,16 @@ cp README.md "$folder/"
 find "$folder/python" -name __pycache__ -prune -exec rm -r {} +
 
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+venv=$(mktemp -d)
+trap 'rm -rf "$log" "$venv"' EXIT
 built() {
     "$@" >>"$log" 2>&1 || {
         cat "$log" >&2
         exit 1
     }
 }
-built python3 -m pip wheel --no-deps -w "$folder/wheels" ./python
+built python3 -m venv "$venv"
+built "$venv/bin/pip" wheel --no-deps -w "$folder/wheels" ./python
 [ -z "${VATTN_WHEELS:-}" ] || cp "$VATTN_WHEELS"/*.whl "$folder/wheels/"
 if [ "$parts" = all ]; then
     built cargo build --release --workspace
