@@ -11,16 +11,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import numpy
 import torch
 from kernels import DECODE, PREFILL
 from model import Model
 from sampling import Sampling, sample
-from store import Handle, Store
+from store import Store
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt, and how it is to be answered."""
 
@@ -32,6 +36,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: int | None = None
     """The token that ends an answer early."""
+    forced: list[int] | None = None
+    """Tokens that the answer is to have, whatever the model says: to look at its logits on the way."""
     on_token: Callable[[int], None] | None = None
     """Is told each token as soon as it is there."""
 
@@ -40,9 +46,10 @@ class Request:
     times: list[float] = field(default_factory=list)
     """When each of its tokens was there, in seconds after the start of the run."""
     preempted: int = 0
-    handle: Handle = None
+    place: int = -1
+    """Where the store keeps it."""
     kept: int = 0
-    """How many of its tokens have keys and values in the store."""
+    """While its prompt is computed: how many of its tokens have keys and values."""
 
     @property
     def total(self) -> int:
@@ -53,12 +60,57 @@ class Request:
     def done(self) -> bool:
         return len(self.tokens) >= self.answer or bool(self.tokens) and self.tokens[-1] == self.stop
 
-    def token(self, start: int, stop: int) -> list[int]:
+    def part(self, start: int, stop: int) -> list[int]:
         """Its tokens from `start` to `stop`."""
         split = len(self.prompt)
         if stop <= split:
             return self.prompt[start:stop]
         return self.prompt[start:] + self.tokens[max(start - split, 0) : stop - split]
+
+
+class Decoding:
+    """The requests that get a token a step, in the order in which they came to it, and their numbers as arrays."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.places = self.kept = numpy.empty(0, numpy.int64)
+
+    def replace(self, requests: list[Request]) -> None:
+        """These from now on."""
+        self.requests = requests
+        self.places = numpy.array([request.place for request in requests], numpy.int64)
+        # The last token has no keys and values yet.
+        self.kept = numpy.array([request.total - 1 for request in requests], numpy.int64)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+@dataclass
+class Chunk:
+    """Parts of prompts that a step computes, a request each."""
+
+    requests: list[Request] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+
+    def add(self, request: Request, new: int) -> None:
+        """One more."""
+        self.requests.append(request)
+        self.new.append(new)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def places(self) -> numpy.ndarray:
+        return numpy.array([request.place for request in self.requests], numpy.int64)
+
+    @property
+    def totals(self) -> numpy.ndarray:
+        """How many tokens of each have keys and values afterwards."""
+        return numpy.array(
+            [request.kept + new for request, new in zip(self.requests, self.new)], numpy.int64
+        )
 
 
 @dataclass
@@ -74,6 +126,10 @@ class Report:
     """Seconds in the store's calls: admission, growth, release."""
     active: list[tuple[float, int, int]] = field(default_factory=list)
     """After each step: when, how many requests have memory, and how many bytes the store holds."""
+    prefills: list[tuple[int, int]] = field(default_factory=list)
+    """Each part of a prompt that was computed: how many tokens, and how many the request then held."""
+    decodes: list[tuple[int, int]] = field(default_factory=list)
+    """Each step's decodes: of how many requests, which then held how many tokens together."""
 
 
 class Engine:
@@ -88,17 +144,31 @@ class Engine:
         decode: str | None = None,
         chunk: int = 2048,
         graphs: bool = True,
+        on_logits: Callable[[list[Request], torch.Tensor], None] | None = None,
     ) -> None:
+        """`chunk` is how many tokens a step has at the most. `on_logits` is shown each step's logits, a row a
+        request, before tokens are chosen."""
         self.model, self.store, self.chunk = model, store, chunk
         on_card = store.shape.device.type == "cuda"
         self.prefill_name = prefill or (store.prefill if on_card else "reference")
         self.decode_name = decode or (store.decode if on_card else "reference")
         self.prefill = PREFILL[self.prefill_name](store, model.config.heads)
         self.graphs = graphs and on_card
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self.on_logits = on_logits
         self.batches: dict[int, Batch] = {}
         self.waiting: deque[Request] = deque()
+        #: All that have a place, the youngest last.
         self.running: list[Request] = []
+        #: Those of them whose prompt is not done yet; and the others.
+        self.filling: list[Request] = []
+        self.decoding = Decoding()
         self.report = Report()
+
+    def prepare(self) -> None:
+        """Captures all batches that may be needed, the widest first: later ones then share its memory."""
+        for width in reversed([width for width in WIDTHS if width <= wide(self.store.shape.most)]):
+            self.batch(width)
 
     def run(self, requests: list[Request]) -> Report:
         """Serves all of them, each from its arrival on."""
@@ -122,73 +192,88 @@ class Engine:
 
     def step(self) -> None:
         """One iteration."""
-        began = time.perf_counter()
-        decodes, prefills = self.choose()
-        self.report.allocating += time.perf_counter() - began
-        self.report.steps += 1
-        if not prefills:
-            tokens = self.decode_step(decodes)
-        else:
-            tokens = self.mixed_step(decodes, prefills)
+        chunk = self.choose()
+        report, decoding = self.report, self.decoding
+        report.steps += 1
+        if decoding:
+            report.decodes.append((len(decoding), int(decoding.kept.sum()) + len(decoding)))
+        if chunk:
+            report.prefills += zip(chunk.new, chunk.totals.tolist())
+        logits = self.mixed_step(chunk) if chunk else self.decode_step()
+        finished = [request for request, new in zip(chunk.requests, chunk.new) if request.kept + new == request.total]
+        asked = decoding.requests + finished
+        if self.on_logits:
+            self.on_logits(asked, logits)
+        tokens = sample(logits, [request.sampling for request in asked])
         now = self.now()
-        asked = decodes + [request for request, new in prefills if request.kept + new == request.total]
-        for request in decodes:
-            request.kept += 1
-        for request, new in prefills:
+        decoding.kept += 1
+        for request, new in zip(chunk.requests, chunk.new):
             request.kept += new
+        over = []
         for request, token in zip(asked, tokens):
+            if request.forced:
+                token = request.forced[len(request.tokens)]
             request.tokens.append(token)
             request.times.append(now)
             if request.on_token:
                 request.on_token(token)
-        began = time.perf_counter()
-        for request in [request for request in asked if request.done]:
+            if request.done:
+                over.append(request)
+        for request in over:
             self.running.remove(request)
-            self.store.end(request.handle)
-            request.handle = None
-        self.report.allocating += time.perf_counter() - began
+            self.timed(self.store.end, request.place)
+            request.place = -1
+        if finished or over:
+            self.filling = [request for request in self.filling if request not in finished]
+            decoding.replace([request for request in asked if request.place >= 0])
 
-    def choose(self) -> tuple[list[Request], list[tuple[Request, int]]]:
-        """Which requests are decoded, and which get how many tokens of their prompt; memory is there for all."""
+    def timed(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """A call of the store's, its time counted."""
+        began = time.perf_counter()
+        try:
+            return call(*args, **options)
+        finally:
+            self.report.allocating += time.perf_counter() - began
+
+    def choose(self) -> Chunk:
+        """Which parts of prompts are computed beside the decodes; memory is there for all of it afterwards."""
+        store, decoding = self.store, self.decoding
         while True:
-            decodes = [
-                request for request in self.running if request.kept + 1 == request.total and request.tokens
-            ]
-            left = self.chunk - len(decodes)
-            prefills = []
-            for request in self.running:
-                new = min(request.total - request.kept, left)
-                if request not in decodes and new > 0:
-                    prefills.append((request, new))
+            left = max(self.chunk - len(decoding), 0)
+            chunk = Chunk()
+            for request in self.filling:
+                if new := min(request.total - request.kept, left):
+                    chunk.add(request, new)
                     left -= new
-            wanted = [(request.handle, request.kept + 1) for request in decodes]
-            wanted += [(request.handle, request.kept + new) for request, new in prefills]
-            if all(self.store.fits(wanted)):
+            if self.timed(store.grow, decoding.places, decoding.kept + 1) and (
+                not chunk or self.timed(store.grow, chunk.places, chunk.totals)
+            ):
                 break
             self.preempt()
-        while self.waiting and left > 0 and len(self.running) < self.store.shape.most:
+        while self.waiting and left > 0 and len(self.running) < store.shape.most:
             request = self.waiting[0]
             # Those that run may need memory of their own for a while yet: a request starts with all of its prompt.
-            unfinished = [other.total - other.kept for other in self.running if other.kept < other.total - 1]
-            if self.store.admits([*unfinished, request.total]) <= len(unfinished):
+            rest = [
+                other.total - other.kept - new for other, new in zip(chunk.requests, chunk.new)
+            ]
+            unfinished = [tokens for tokens in rest if tokens]
+            if self.timed(store.admits, [*unfinished, request.total]) <= len(unfinished):
                 break
             self.waiting.popleft()
-            request.handle = self.store.begin(request.total)
+            request.place = self.timed(store.begin, request.total)
             self.running.append(request)
-            new = min(request.total, left)
-            entry = (request.handle, new)
-            if not all(self.store.fits([*wanted, entry])):
-                self.put_back(self.running.pop())
+            self.filling.append(request)
+            one = Chunk([request], [min(request.total, left)])
+            if not self.timed(store.grow, one.places, one.totals):
+                self.put_back()
                 break
-            prefills.append((request, new))
-            wanted.append(entry)
-            left -= new
-        if not wanted:
+            chunk.add(request, one.new[0])
+            left -= one.new[0]
+        if not chunk and not decoding:
             raise MemoryError(
                 f"a request of {self.waiting[0].total} tokens does not fit into an empty cache; raise the budget"
             )
-        self.store.grow(wanted)
-        return decodes, prefills
+        return chunk
 
     def preempt(self) -> None:
         """Ends the youngest request for now."""
@@ -196,78 +281,76 @@ class Engine:
             raise MemoryError(
                 f"one request of {self.running[0].total} tokens does not fit into the cache; raise the budget"
             )
-        request = self.running.pop()
-        request.preempted += 1
+        self.running[-1].preempted += 1
         self.report.preempted += 1
-        self.put_back(request)
+        self.put_back()
 
-    def put_back(self, request: Request) -> None:
-        self.store.end(request.handle)
-        request.handle, request.kept = None, 0
+    def put_back(self) -> None:
+        """The youngest request waits again, without memory."""
+        request = self.running.pop()
+        self.timed(self.store.end, request.place)
+        request.place, request.kept = -1, 0
         self.waiting.appendleft(request)
+        if request in self.filling:
+            self.filling.remove(request)
+        else:
+            self.decoding.replace([other for other in self.decoding.requests if other is not request])
 
-    def decode_step(self, decodes: list[Request]) -> list[int]:
-        """One token for each request."""
-        batch = self.batch(len(decodes))
-        batch.fill(decodes)
+    def decode_step(self) -> torch.Tensor:
+        """Logits of one more token for each request that decodes."""
+        batch = self.batch(len(self.decoding))
+        batch.fill(self.decoding)
         self.report.graphed += batch.graph is not None
-        return sample(batch.forward()[: len(decodes)], [request.sampling for request in decodes])
+        return batch.forward()[: len(self.decoding)]
 
-    def mixed_step(self, decodes: list[Request], prefills: list[tuple[Request, int]]) -> list[int]:
-        """One token for each of some, and a part of the prompt of others."""
-        batch = self.batch(len(decodes), captured=False) if decodes else None
+    def mixed_step(self, chunk: Chunk) -> torch.Tensor:
+        """The same, and of each request whose prompt this chunk ends."""
+        decodes, totals, device = len(self.decoding), chunk.totals, self.model.device
+        batch = self.batch(decodes, captured=False) if decodes else None
+        width = 0
+        parts = []
         if batch:
-            batch.fill(decodes)
-        news = [new for _, new in prefills]
-        ends = [request.kept + new for request, new in prefills]
-        self.prefill.plan([request.handle for request, _ in prefills], news, ends)
-        count = len(decodes)
-        tokens = [request.tokens[-1] for request in decodes]
-        positions = [numpy.array([request.kept for request in decodes], dtype=numpy.int64)]
-        rows = [self.store.rows(request.handle, request.kept, request.kept + 1) for request in decodes]
-        asked, at = list(range(count)), count
-        for (request, new), end in zip(prefills, ends):
-            tokens += request.token(request.kept, end)
-            positions.append(numpy.arange(request.kept, end, dtype=numpy.int64))
-            rows.append(self.store.rows(request.handle, request.kept, end))
+            batch.fill(self.decoding, to_device=False)
+            width = batch.width
+            parts.append(batch.host.numpy())
+        self.prefill.plan(chunk.places, numpy.array(chunk.new, numpy.int64), totals)
+        asked, at = list(range(decodes)), width
+        for request, new, end in zip(chunk.requests, chunk.new, totals.tolist()):
+            positions = numpy.arange(request.kept, end)
+            rows = self.store.rows(request.place, positions)
+            parts.append(numpy.stack((numpy.array(request.part(request.kept, end)), positions, rows)))
             at += new
             if end == request.total:
                 asked.append(at - 1)
-        device = self.model.device
-        where = torch.from_numpy(numpy.concatenate(rows)).to(device)
+        # Copied at once: the batch's numbers may change before a later copy has been made.
+        tokens, positions, rows = torch.from_numpy(numpy.concatenate(parts, axis=1)).to(device)
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.store.keys[layer].index_copy_(0, where, key)
-            self.store.values[layer].index_copy_(0, where, value)
-            after = self.prefill.run(layer, query[count:])
-            if not batch:
-                return after
-            padded = torch.nn.functional.pad(query[:count], (0, 0, 0, 0, 0, batch.width - count))
-            return torch.cat((batch.kernel.run(layer, padded)[:count], after))
+            self.store.keys[layer].index_copy_(0, rows, key)
+            self.store.values[layer].index_copy_(0, rows, value)
+            after = self.prefill.run(layer, query[width:])
+            return torch.cat((batch.kernel.run(layer, query[:width]), after)) if batch else after
 
-        logits = self.model.forward(
-            torch.tensor(tokens, device=device),
-            torch.from_numpy(numpy.concatenate(positions)).to(device),
-            torch.tensor(asked, dtype=torch.int64, device=device),
-            attend,
-        )
-        samplings = [request.sampling for request in decodes]
-        samplings += [request.sampling for (request, _), end in zip(prefills, ends) if end == request.total]
-        return sample(logits, samplings)
+        return self.model.forward(tokens, positions, torch.tensor(asked, device=device), attend)
 
     def batch(self, count: int, captured: bool = True) -> Batch:
         """The smallest batch that takes so many requests, captured when it is first needed."""
-        width = next(width for width in WIDTHS if width >= count)
+        width = wide(count)
         if width not in self.batches:
             self.batches[width] = Batch(self.model, self.store, self.decode_name, width)
         batch = self.batches[width]
         if captured and self.graphs and batch.graph is None:
-            batch.capture()
+            batch.capture(self.pool)
         return batch
 
 
 WIDTHS = [1, 2, 4, 8, *range(16, 1025, 16)]
-"""How many requests the captured batches take."""
+"""How many requests the batches take."""
+
+
+def wide(count: int) -> int:
+    """The width of the smallest batch for so many requests."""
+    return next(width for width in WIDTHS if width >= count)
 
 
 class Batch:
@@ -281,17 +364,18 @@ class Batch:
         self.tokens, self.positions, self.rows = self.buffer
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def fill(self, requests: list[Request]) -> None:
+    def fill(self, decoding: Decoding, to_device: bool = True) -> None:
         """The next pass is for these."""
-        count = len(requests)
-        numbers = self.host.numpy()
-        numbers[:, count:] = [[0], [0], [self.store.spare_row]]
-        for at, request in enumerate(requests):
-            numbers[0, at] = request.tokens[-1]
-            numbers[1, at] = request.kept
-            numbers[2, at] = self.store.rows(request.handle, request.kept, request.kept + 1)[0]
-        self.buffer.copy_(self.host, non_blocking=True)
-        self.kernel.plan([request.handle for request in requests], [request.kept + 1 for request in requests])
+        count = len(decoding)
+        tokens, positions, rows = self.host.numpy()
+        tokens[:count] = [request.tokens[-1] for request in decoding.requests]
+        positions[:count] = decoding.kept
+        rows[:count] = self.store.rows(decoding.places, decoding.kept)
+        tokens[count:] = positions[count:] = 0
+        rows[count:] = self.store.spare_row
+        if to_device:
+            self.buffer.copy_(self.host, non_blocking=True)
+        self.kernel.plan(decoding.places, decoding.kept + 1)
 
     def forward(self) -> torch.Tensor:
         """Logits `[width, vocab]`."""
@@ -308,14 +392,14 @@ class Batch:
         self.store.values[layer].index_copy_(0, self.rows, value)
         return self.kernel.run(layer, query)
 
-    def capture(self) -> None:
+    def capture(self, pool: tuple[int, int] | None) -> None:
         """Records a pass into a graph. All entries are padding meanwhile."""
-        self.fill([])
+        self.fill(Decoding())
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self.compute()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.logits = self.compute()

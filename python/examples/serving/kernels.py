@@ -10,15 +10,16 @@ Padded entries of a decode batch read one token of the spare row, slot or page.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import numpy
 import torch
 import torch.nn.functional as functional
-from store import Handle, Pages, Slots, Store
+from store import Pages, Slots, Store
 
 WORKSPACE = 256 << 20
-"""Bytes of scratch memory that FlashInfer's authors recommend."""
+"""Bytes of scratch memory for FlashInfer; its authors recommend 128 MiB at the least."""
 
 _workspaces: dict[torch.device, torch.Tensor] = {}
 
@@ -30,19 +31,13 @@ def workspace(device: torch.device) -> torch.Tensor:
     return _workspaces[device]
 
 
-def starts(counts: Sequence[int]) -> torch.Tensor:
-    """Where each of some pieces starts in all of them together, and where the last ends, int32."""
-    sums = numpy.zeros(len(counts) + 1, dtype=numpy.int32)
-    numpy.cumsum(counts, out=sums[1:])
-    return torch.from_numpy(sums)
-
-
 class Decode(ABC):
     """One new token a request."""
 
     @abstractmethod
-    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
-        """What follows is for these requests, each with so many tokens in all, the new one among them."""
+    def plan(self, places: numpy.ndarray, totals: numpy.ndarray) -> None:
+        """What follows is for the requests at these places, each with so many tokens in all, the new one among
+        them."""
 
     @abstractmethod
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
@@ -53,8 +48,8 @@ class Prefill(ABC):
     """Some new tokens a request."""
 
     @abstractmethod
-    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
-        """What follows is for these requests: how many tokens each has anew, and how many in all."""
+    def plan(self, places: numpy.ndarray, new: numpy.ndarray, totals: numpy.ndarray) -> None:
+        """What follows is for the requests at these places: how many tokens each has anew, and how many in all."""
 
     @abstractmethod
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
@@ -67,12 +62,12 @@ class ReferencePrefill(Prefill):
     def __init__(self, store: Store, heads: int) -> None:
         self.store = store
 
-    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
+    def plan(self, places: numpy.ndarray, new: numpy.ndarray, totals: numpy.ndarray) -> None:
         device = self.store.shape.device
-        self.new = list(new)
+        self.new = new.tolist()
         self.rows = [
-            torch.from_numpy(self.store.rows(handle, 0, total)).to(device)
-            for handle, total in zip(handles, totals)
+            torch.from_numpy(self.store.rows(place, numpy.arange(total))).to(device)
+            for place, total in zip(places.tolist(), totals.tolist())
         ]
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
@@ -94,10 +89,10 @@ class ReferenceDecode(Decode):
     """The same, one token a request."""
 
     def __init__(self, store: Store, heads: int, width: int) -> None:
-        self.inner, self.width = ReferencePrefill(store, heads), width
+        self.inner = ReferencePrefill(store, heads)
 
-    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
-        self.inner.plan(handles, [1] * len(handles), totals)
+    def plan(self, places: numpy.ndarray, totals: numpy.ndarray) -> None:
+        self.inner.plan(places, numpy.ones_like(totals), totals)
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         count = len(self.inner.new)
@@ -112,9 +107,9 @@ class Fa3Prefill(Prefill):
 
         self.store, self.attend = store, flash_attn_with_kvcache
 
-    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
-        self.new = list(new)
-        self.at = [(self.store.slot(handle), total) for handle, total in zip(handles, totals)]
+    def plan(self, places: numpy.ndarray, new: numpy.ndarray, totals: numpy.ndarray) -> None:
+        self.new = new.tolist()
+        self.at = list(zip(places.tolist(), totals.tolist()))
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         keys, values = self.store.slot_keys[layer], self.store.slot_values[layer]
@@ -133,17 +128,16 @@ class Fa3Decode(Decode):
     def __init__(self, store: Slots, heads: int, width: int) -> None:
         from fa3_fwd_interface import flash_attn_with_kvcache
 
-        self.store, self.attend, self.width = store, flash_attn_with_kvcache, width
+        self.store, self.attend = store, flash_attn_with_kvcache
         self.spare = store.spare_row // store.stride
         self.host = torch.empty(2, width, dtype=torch.int32, pin_memory=True)
         self.both = torch.empty(2, width, dtype=torch.int32, device=store.shape.device)
         self.slots, self.lengths = self.both
 
-    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
-        padding = self.width - len(handles)
-        numbers = self.host.numpy()
-        numbers[0] = [self.store.slot(handle) for handle in handles] + [self.spare] * padding
-        numbers[1] = list(totals) + [1] * padding
+    def plan(self, places: numpy.ndarray, totals: numpy.ndarray) -> None:
+        count, (slots, lengths) = len(places), self.host.numpy()
+        slots[:count], slots[count:] = places, self.spare
+        lengths[:count], lengths[count:] = totals, 1
         self.both.copy_(self.host, non_blocking=True)
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
@@ -168,15 +162,14 @@ class FlashInferPrefill(Prefill):
             workspace(store.shape.device), "NHD", backend=backend
         )
 
-    def plan(self, handles: Sequence[Handle], new: Sequence[int], totals: Sequence[int]) -> None:
+    def plan(self, places: numpy.ndarray, new: numpy.ndarray, totals: numpy.ndarray) -> None:
         store, shape = self.store, self.store.shape
-        tables = [store.pages(handle, total) for handle, total in zip(handles, totals)]
-        last = torch.tensor([(total - 1) % store.page_tokens + 1 for total in totals], dtype=torch.int32)
+        starts = numpy.zeros(len(new) + 1, numpy.int32)
+        numpy.cumsum(new, out=starts[1:])
+        # It wants them on the host, and takes the pages to the device itself.
         self.wrapper.plan(
-            starts(new).to(shape.device),
-            starts([len(table) for table in tables]).to(shape.device),
-            torch.from_numpy(numpy.concatenate(tables)).to(shape.device),
-            last.to(shape.device),
+            torch.from_numpy(starts),
+            *store.listed(places, totals, len(places)),
             self.heads,
             shape.kv_heads,
             shape.head_dim,
@@ -197,10 +190,10 @@ class FlashInferDecode(Decode):
         import flashinfer
 
         self.store, self.heads, self.width = store, heads, width
-        device, longest = store.shape.device, -(-store.shape.longest // store.page_tokens)
+        device = store.shape.device
 
         def buffer(count: int) -> torch.Tensor:
-            return torch.empty(count, dtype=torch.int32, device=device)
+            return torch.zeros(count, dtype=torch.int32, device=device)
 
         self.wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace(device),
@@ -208,20 +201,14 @@ class FlashInferDecode(Decode):
             use_cuda_graph=True,
             use_tensor_cores=heads // store.shape.kv_heads >= 4,
             paged_kv_indptr_buffer=buffer(width + 1),
-            paged_kv_indices_buffer=buffer(width * longest),
+            paged_kv_indices_buffer=buffer(width * store.tables.shape[1]),
             paged_kv_last_page_len_buffer=buffer(width),
         )
 
-    def plan(self, handles: Sequence[Handle], totals: Sequence[int]) -> None:
+    def plan(self, places: numpy.ndarray, totals: numpy.ndarray) -> None:
         store, shape = self.store, self.store.shape
-        padding = self.width - len(handles)
-        tables = [store.pages(handle, total) for handle, total in zip(handles, totals)]
-        tables += [numpy.array([store.spare_page], dtype=numpy.int32)] * padding
-        last = [(total - 1) % store.page_tokens + 1 for total in totals] + [1] * padding
         self.wrapper.plan(
-            starts([len(table) for table in tables]),
-            torch.from_numpy(numpy.concatenate(tables)),
-            torch.tensor(last, dtype=torch.int32),
+            *store.listed(places, totals, self.width),
             self.heads,
             shape.kv_heads,
             shape.head_dim,
@@ -234,5 +221,14 @@ class FlashInferDecode(Decode):
         return self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]))
 
 
-PREFILL = {"reference": ReferencePrefill, "fa3": Fa3Prefill, "flashinfer": FlashInferPrefill}
-DECODE = {"reference": ReferenceDecode, "fa3": Fa3Decode, "flashinfer": FlashInferDecode}
+PREFILL: dict[str, Callable[..., Prefill]] = {
+    "reference": ReferencePrefill,
+    "fa3": Fa3Prefill,
+    "flashinfer": FlashInferPrefill,
+    "flashinfer-fa2": partial(FlashInferPrefill, backend="fa2"),
+}
+DECODE: dict[str, Callable[..., Decode]] = {
+    "reference": ReferenceDecode,
+    "fa3": Fa3Decode,
+    "flashinfer": FlashInferDecode,
+}

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -110,6 +111,7 @@ class Model:
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
         self.cosine, self.sine = (table.to(embedding.device) for table in rotations(config, longest))
         self.widths = [config.heads * config.head_dim] + 2 * [config.kv_heads * config.head_dim]
+        self.steps = Steps.on(embedding.device)
 
     @property
     def device(self) -> torch.device:
@@ -191,31 +193,66 @@ class Model:
         self, tokens: torch.Tensor, positions: torch.Tensor, asked: torch.Tensor | None, attend: Attend
     ) -> torch.Tensor:
         """One pass. `asked` names the rows whose logits are wanted; `None` is all of them."""
-        config = self.config
+        config, steps = self.config, self.steps
         hidden = functional.embedding(tokens, self.embedding)
         cosine, sine = self.cosine[positions][:, None], self.sine[positions][:, None]
+        normed = functional.rms_norm(hidden, (config.hidden,), self.layers[0].input_norm, config.eps)
         for number, layer in enumerate(self.layers):
-            normed = functional.rms_norm(hidden, (config.hidden,), layer.input_norm, config.eps)
             query, key, value = (
                 part.unflatten(-1, (-1, config.head_dim))
                 for part in functional.linear(normed, layer.qkv).split(self.widths, dim=-1)
             )
-            attended = attend(number, rotated(query, cosine, sine), rotated(key, cosine, sine), value)
-            hidden = hidden + functional.linear(attended.flatten(1), layer.out)
-            normed = functional.rms_norm(hidden, (config.hidden,), layer.ffn_norm, config.eps)
-            gate, up = functional.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + functional.linear(functional.silu(gate) * up, layer.down)
-        if asked is not None:
-            hidden = hidden[asked]
-        return functional.linear(
-            functional.rms_norm(hidden, (config.hidden,), self.norm, config.eps), self.head
-        )
+            query, key = steps.rotated(query, key, cosine, sine)
+            attended = functional.linear(attend(number, query, key, value).flatten(1), layer.out)
+            hidden, normed = steps.added(hidden, attended, layer.ffn_norm, config.eps)
+            gated = steps.gated(functional.linear(normed, layer.gate_up))
+            # The norm of what comes next: of the next layer, or the model's last.
+            norm = self.layers[number + 1].input_norm if number + 1 < config.layers else self.norm
+            hidden, normed = steps.added(hidden, functional.linear(gated, layer.down), norm, config.eps)
+        return functional.linear(normed if asked is None else normed[asked], self.head)
 
 
-def rotated(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def rotated(
+    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding, the halves of a head's elements rotated against each other."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        both = first * cosine - second * sine, second * cosine + first * sine
+        return torch.cat(both, dim=-1).to(x.dtype)
+
+    return turned(query), turned(key)
+
+
+def added(
+    hidden: torch.Tensor, more: torch.Tensor, norm: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and the sum normed."""
+    hidden = hidden + more
+    return hidden, functional.rms_norm(hidden, hidden.shape[-1:], norm, eps)
+
+
+def gated(both: torch.Tensor) -> torch.Tensor:
+    """SwiGLU of two factors that lie side by side."""
+    gate, up = both.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+class Steps(NamedTuple):
+    """What lies between the multiplications."""
+
+    rotated: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    added: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    gated: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def on(cls, device: torch.device) -> Steps:
+        """As functions; on a GPU a kernel or two each instead of a dozen, compiled when first used."""
+        plain = cls(rotated, added, gated)
+        if device.type != "cuda":
+            return plain
+        return cls(*(torch.compile(step, dynamic=True) for step in plain))
 
 
 def rotations(config: Config, longest: int) -> tuple[torch.Tensor, torch.Tensor]:

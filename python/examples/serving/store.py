@@ -3,6 +3,9 @@
 A fourth cache is one more file with a [`Store`]: it says who may start, backs what a step needs, and where each
 token lies. How attention is computed over it is a choice of kernels (kernels.py), one for prefill and one for
 decode.
+
+A request's *place* is a small number: a slot, or a row of a table of pages. Places, positions and lengths come as
+NumPy arrays, one entry a request, because a step asks about all requests at once.
 """
 
 from __future__ import annotations
@@ -10,13 +13,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 import torch
-
-Handle = Any
-"""A request's place in a store: a slot, or a list of pages."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +60,20 @@ class Store(ABC):
         """How many of these requests, in order, could start now with all of their prompt."""
 
     @abstractmethod
-    def begin(self, tokens: int) -> Handle:
+    def begin(self, tokens: int) -> int:
         """A place for a request that will soon hold so many tokens."""
 
     @abstractmethod
-    def fits(self, wanted: Sequence[tuple[Handle, int]]) -> list[bool]:
-        """Which of these could hold so many tokens in all, each with those before it that could."""
+    def grow(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
+        """Each of these now holds so many tokens in all; or memory does not suffice, and nothing has changed."""
 
     @abstractmethod
-    def grow(self, wanted: Sequence[tuple[Handle, int]]) -> None:
-        """Each of these now holds so many tokens in all."""
-
-    @abstractmethod
-    def end(self, handle: Handle) -> None:
+    def end(self, place: int) -> None:
         """The request is done, or starts anew later. Kernels of the current stream may still read its memory."""
 
     @abstractmethod
-    def rows(self, handle: Handle, start: int, stop: int) -> numpy.ndarray:
-        """The rows of its tokens from `start` to `stop`, int64."""
+    def rows(self, places: numpy.ndarray | int, positions: numpy.ndarray) -> numpy.ndarray:
+        """The rows of the tokens at these positions, of one place or of as many as there are positions."""
 
     @abstractmethod
     def held(self) -> int:
@@ -89,7 +84,7 @@ class Store(ABC):
 
 
 class Slots(Store):
-    """A store in which every request has a slot: a range of rows of its own, one behind another."""
+    """A store in which a place is a slot: a range of rows of its own, one slot's behind another's."""
 
     slot_keys: list[torch.Tensor]
     """For each layer the keys by slot, `[slot, token, kv_heads, dim]`."""
@@ -97,13 +92,8 @@ class Slots(Store):
     stride: int
     """Rows from one slot to the next."""
 
-    @abstractmethod
-    def slot(self, handle: Handle) -> int:
-        """Its index in the first dimension."""
-
-    def rows(self, handle: Handle, start: int, stop: int) -> numpy.ndarray:
-        first = self.slot(handle) * self.stride
-        return numpy.arange(first + start, first + stop, dtype=numpy.int64)
+    def rows(self, places: numpy.ndarray | int, positions: numpy.ndarray) -> numpy.ndarray:
+        return places * self.stride + positions
 
 
 class Pages(Store):
@@ -114,7 +104,22 @@ class Pages(Store):
     """For each layer the keys by page, `[page, token of the page, kv_heads, dim]`."""
     page_values: list[torch.Tensor]
     spare_page: int
+    tables: numpy.ndarray
+    """For each place its pages in order, int32 `[place, page]`."""
 
-    @abstractmethod
-    def pages(self, handle: Handle, tokens: int) -> numpy.ndarray:
-        """The pages of its first so many tokens, in order, int32."""
+    def listed(self, places: numpy.ndarray, totals: numpy.ndarray, width: int) -> tuple[torch.Tensor, ...]:
+        """The pages of so many tokens of each place, as FlashInfer takes them: where each one's begin, the pages
+        of all one after another, and how many tokens the last page of each has. Entries up to `width` read one
+        token of the spare page."""
+        count = len(places)
+        pages = -(-totals // self.page_tokens)
+        begins = numpy.empty(width + 1, numpy.int32)
+        begins[0] = 0
+        numpy.cumsum(pages, out=begins[1 : count + 1])
+        begins[count + 1 :] = begins[count] + numpy.arange(1, width - count + 1)
+        lists = [self.tables[place, :some] for place, some in zip(places.tolist(), pages.tolist())]
+        if width > count:
+            lists.append(numpy.full(width - count, self.spare_page, numpy.int32))
+        last = numpy.ones(width, numpy.int32)
+        last[:count] = (totals - 1) % self.page_tokens + 1
+        return tuple(map(torch.from_numpy, (begins, numpy.concatenate(lists), last)))

@@ -9,22 +9,6 @@ import torch
 from store import Pages, Shape
 
 
-class Request:
-    """The pages of a request, in a buffer that grows by doubling."""
-
-    def __init__(self) -> None:
-        self.table = numpy.empty(16, dtype=numpy.int32)
-        self.count = 0
-
-    def add(self, pages: Sequence[int]) -> None:
-        """Appends pages."""
-        end = self.count + len(pages)
-        if end > len(self.table):
-            self.table = numpy.resize(self.table, max(end, 2 * len(self.table)))
-        self.table[self.count : end] = pages
-        self.count = end
-
-
 class Paged(Pages):
     """A free list of pages, taken from its end: what was given back last is used first, as servers do."""
 
@@ -47,6 +31,10 @@ class Paged(Pages):
         self.spare_page = 0
         self.spare_row = 0
         self.free = list(range(count - 1, 0, -1))
+        self.tables = numpy.zeros((shape.most, -(-shape.longest // page_tokens)), numpy.int32)
+        # How many pages each place has, and the places that nobody has.
+        self.counts = numpy.zeros(shape.most, numpy.int64)
+        self.places = list(range(shape.most - 1, -1, -1))
 
     def needed(self, tokens: int) -> int:
         """How many pages so many tokens take."""
@@ -60,40 +48,30 @@ class Paged(Pages):
                 return count
         return len(prompts)
 
-    def begin(self, tokens: int) -> Request:
-        return Request()
+    def begin(self, tokens: int) -> int:
+        return self.places.pop()
 
-    def fits(self, wanted: Sequence[tuple[Request, int]]) -> list[bool]:
-        left, answers = len(self.free), []
-        for request, tokens in wanted:
-            more = self.needed(tokens) - request.count
-            answers.append(more <= left)
-            left -= more if answers[-1] else 0
-        return answers
+    def grow(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
+        more = -(-totals // self.page_tokens) - self.counts[places]
+        some = numpy.flatnonzero(more > 0)
+        if int(more[some].sum()) > len(self.free):
+            return False
+        for at in some.tolist():
+            place, count = int(places[at]), int(more[at])
+            first = int(self.counts[place])
+            self.tables[place, first : first + count] = self.free[-count:]
+            del self.free[-count:]
+            self.counts[place] += count
+        return True
 
-    def grow(self, wanted: Sequence[tuple[Request, int]]) -> None:
-        for request, tokens in wanted:
-            more = self.needed(tokens) - request.count
-            if more > len(self.free):
-                raise MemoryError(
-                    f"{more} pages are needed and {len(self.free)} are free; end a request first"
-                )
-            if more > 0:
-                request.add([self.free.pop() for _ in range(more)])
+    def end(self, place: int) -> None:
+        self.free.extend(self.tables[place, : self.counts[place]].tolist())
+        self.counts[place] = 0
+        self.places.append(place)
 
-    def end(self, handle: Request) -> None:
-        self.free.extend(reversed(handle.table[: handle.count].tolist()))
-        handle.count = 0
-
-    def rows(self, handle: Request, start: int, stop: int) -> numpy.ndarray:
-        at = numpy.arange(start, stop, dtype=numpy.int64)
-        return (
-            handle.table[at // self.page_tokens].astype(numpy.int64) * self.page_tokens
-            + at % self.page_tokens
-        )
-
-    def pages(self, handle: Request, tokens: int) -> numpy.ndarray:
-        return handle.table[: self.needed(tokens)]
+    def rows(self, places: numpy.ndarray | int, positions: numpy.ndarray) -> numpy.ndarray:
+        page, within = numpy.divmod(positions, self.page_tokens)
+        return self.tables[places, page].astype(numpy.int64) * self.page_tokens + within
 
     def held(self) -> int:
         return self.pool.numel() * self.pool.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 from store import Shape, Slots
 
@@ -24,7 +25,8 @@ class Static(Slots):
                 "raise it, or serve shorter requests"
             )
         of = (shape.layers, 2, slots, shape.longest, shape.kv_heads, shape.head_dim)
-        self.pool = torch.empty(of, dtype=shape.dtype, device=shape.device)
+        # Kernels read whole tiles: what was never written has to be numbers.
+        self.pool = torch.zeros(of, dtype=shape.dtype, device=shape.device)
         self.slot_keys = [layer[0] for layer in self.pool]
         self.slot_values = [layer[1] for layer in self.pool]
         self.keys = [keys.flatten(0, 1) for keys in self.slot_keys]
@@ -38,17 +40,11 @@ class Static(Slots):
     def begin(self, tokens: int) -> int:
         return self.free.pop()
 
-    def fits(self, wanted: Sequence[tuple[int, int]]) -> list[bool]:
-        return [tokens <= self.stride for _, tokens in wanted]
+    def grow(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
+        return not len(totals) or int(totals.max()) <= self.stride
 
-    def grow(self, wanted: Sequence[tuple[int, int]]) -> None:
-        pass
-
-    def end(self, handle: int) -> None:
-        self.free.append(handle)
-
-    def slot(self, handle: int) -> int:
-        return handle
+    def end(self, place: int) -> None:
+        self.free.append(place)
 
     def held(self) -> int:
         return self.pool.numel() * self.pool.itemsize

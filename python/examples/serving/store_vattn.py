@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
@@ -11,9 +11,13 @@ from store import Pages, Shape, Slots
 import vattn
 import vattn.torch
 
+ENTRY = numpy.dtype([("index", "u4"), ("cache", "u4"), ("generation", "u8"), ("tokens", "u8")])
+"""What `KvCache.step` takes of each request, in a buffer."""
+
 
 class Vattn(Slots, Pages):
-    """Slots of a `vattn.KvCache`. Prefill takes the kernel for contiguous tensors, decode the one for pages."""
+    """Slots of a `vattn.KvCache`. Prefill takes the kernel for contiguous tensors, decode the one for pages: their
+    size is free to choose, since nothing is allocated by them."""
 
     name = "vattn"
     prefill, decode = "fa3", "flashinfer"
@@ -46,42 +50,47 @@ class Vattn(Slots, Pages):
             layout=layout,
         )
         plan = self.cache.layout
-        self.stride, self.per_slot = plan.stride_tokens, plan.pages_per_slot
+        self.stride = plan.stride_tokens
         self.spare_row = plan.spare_slot * self.stride
-        self.spare_page = plan.spare_slot * self.per_slot
+        self.spare_page = plan.spare_slot * plan.pages_per_slot
+        # The identity table: a slot's pages lie one behind another.
+        of = shape.most, plan.pages_per_slot
+        self.tables = numpy.arange(of[0] * of[1], dtype=numpy.int32).reshape(of)
 
-        def views(part: str, of) -> list[torch.Tensor]:
+        def views(part: str, of: Callable[..., vattn.View]) -> list[torch.Tensor]:
             return [vattn.torch.tensor(of(layer, part)) for layer in range(shape.layers)]
 
         self.slot_keys, self.slot_values = views("key", self.cache.raw), views("value", self.cache.raw)
         self.page_keys, self.page_values = views("key", self.cache.pages), views("value", self.cache.pages)
         self.keys = [rows[0] for rows in views("key", self.cache.rows)]
         self.values = [rows[0] for rows in views("value", self.cache.rows)]
+        #: By place, the request that has it.
+        self.slots: dict[int, vattn.Slot] = {}
+        self.entries = numpy.zeros(shape.most, ENTRY)
 
     def admits(self, prompts: Sequence[int]) -> int:
         return self.cache.admits(prompts)
 
-    def begin(self, tokens: int) -> vattn.Slot:
-        return self.cache.acquire(tokens, stream=self.stream())
+    def begin(self, tokens: int) -> int:
+        slot = self.cache.acquire(tokens, stream=self.stream())
+        self.slots[slot.index] = slot
+        self.entries[slot.index] = (slot.index, slot.cache, slot.generation, 0)
+        return slot.index
 
-    def fits(self, wanted: Sequence[tuple[vattn.Slot, int]]) -> list[bool]:
-        return self.cache.fits(wanted)
+    def grow(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
+        entries = self.entries[places]
+        entries["tokens"] = totals
+        try:
+            self.cache.step(entries)
+        except (vattn.OutOfBudget, vattn.OutOfDeviceMemory):
+            return False
+        return True
 
-    def grow(self, wanted: Sequence[tuple[vattn.Slot, int]]) -> None:
-        self.cache.step(wanted)
-
-    def end(self, handle: vattn.Slot) -> None:
-        self.cache.retire(handle, self.stream() or vattn.IDLE)
+    def end(self, place: int) -> None:
+        self.cache.retire(self.slots.pop(place), self.stream() or vattn.IDLE)
 
     def stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.shape.device) if self.shape.device.type == "cuda" else None
-
-    def slot(self, handle: vattn.Slot) -> int:
-        return handle.index
-
-    def pages(self, handle: vattn.Slot, tokens: int) -> numpy.ndarray:
-        first = handle.index * self.per_slot
-        return numpy.arange(first, first + -(-tokens // self.page_tokens), dtype=numpy.int32)
 
     def held(self) -> int:
         return self.cache.bytes().held
