@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -18,13 +19,15 @@ torch = pytest.importorskip("torch", reason="SKIP: PyTorch is not installed")
 FOLDER = ROOT / "python" / "examples" / "serving"
 sys.path.insert(0, str(FOLDER))
 
-from engine import Engine, Request  # noqa: E402
-from model import Config, Model  # noqa: E402
-from sampling import Sampling, sample  # noqa: E402
-from store import Shape, Store  # noqa: E402
-from store_paged import Paged  # noqa: E402
-from store_static import Static  # noqa: E402
-from store_vattn import Vattn  # noqa: E402
+import kernel_times
+from choices import Choice
+from engine import Engine, Request
+from model import Config, Model
+from sampling import Sampling, sample
+from store import Shape, Store
+from store_paged import Paged
+from store_static import Static
+from store_vattn import Vattn
 
 CONFIG = Config.tiny()
 
@@ -114,23 +117,97 @@ def test_top_p_draws_from_the_likeliest_tokens_alone() -> None:
         Sampling(1.0, 0.0)
 
 
-def test_the_bench_and_the_page(tmp_path: Path) -> None:
-    trace = tmp_path / "short.csv"
-    trace.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-        + "".join(f"2023-11-16 18:15:4{at}.6805900,{20 + at},{5 + at}\n" for at in range(6))
-    )
-    results = tmp_path / "short.json"
+def times() -> dict[str, Any]:
+    """As a kernel would take that does 1,000 pairs of tokens a microsecond, and of decodes 5 us a step, 2 a request and
+    1 for 100 tokens."""
+    grid = [(new, total) for new in kernel_times.NEW for total in kernel_times.TOTAL if new <= total]
+    return {
+        "store": "vattn",
+        "page_tokens": 16,
+        "prefill_kernel": "fa3",
+        "decode_kernel": "flashinfer",
+        "prefill": [{"new": n, "total": t, "us": kernel_times.work(n, t) / 1000} for n, t in grid],
+        "decode": [
+            {"requests": n, "tokens": t, "us": 5 + 2 * n + n * t / 100} for n, t in kernel_times.DECODES
+        ],
+    }
 
-    def run(*command: Any) -> None:
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
 
-    run(FOLDER / "bench.py", "--tiny", "--trace", trace, "--rounds", 1, "--load", 100, "--longest", 256, "--most", 8,
-        "--budget", 0.06, "--json", results)  # fmt: skip
+def test_the_time_of_a_kernel_lies_between_those_measured_around_it() -> None:
+    found = kernel_times.Times(times())
+    # A prompt of 2 tokens: the first sees itself, the second both.
+    assert kernel_times.work(2, 2) == 3
+    for new, total in ((2048, 8192), (700, 700), (1000, 50_000), (8192, 131_072), (3, 5), (8192, 400_000)):
+        assert found.prefill(new, total) == pytest.approx(kernel_times.work(new, total) / 1000)
+    assert found.decode(10, 30, 5000) == pytest.approx(50 + 60 + 50)
+    slower = times()
+    for each in slower["prefill"]:
+        each["us"] *= 1.5 if each["total"] == 8192 else 1
+    middle = kernel_times.Times(slower).prefill(2048, 16_384) / found.prefill(2048, 16_384)
+    assert 1 < middle < 1.5
+    run = {"prefills": [(2048, 8192)], "decodes": {"steps": 1, "requests": 2, "tokens": 100}}
+    prefill, decode = found.attention(run, layers=4)
+    assert prefill == pytest.approx(4e-6 * kernel_times.work(2048, 8192) / 1000)
+    assert decode == pytest.approx(4e-6 * 10)
+    paged = [{**times(), "store": "paged", "page_tokens": pages} for pages in (16, 64)]
+    for each in paged[1]["decode"]:
+        each["us"] *= 0.9
+    assert kernel_times.best(paged, "paged", ["decode"]) == "paged:64:fa3:flashinfer"
+
+
+def test_a_choice_names_what_it_does_not_know() -> None:
+    assert str(Choice.read("paged:64:flashinfer-fa2")) == "paged:64:flashinfer-fa2"
+    for text, said in (
+        ("pagd", "no store 'pagd'"),
+        ("paged:0", "'0' is no number"),
+        ("paged:16:x", "no kernel"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Choice.read(text)
+
+
+def test_all_of_it_makes_a_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="SKIP: matplotlib is not installed")
-    run(FOLDER / "report.py", results, "--out", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 5 and "vattn (reference, reference)" in page
+    lengths = "num_prefill_tokens,num_decode_tokens\n"
+    (tmp_path / "arxiv_long_offline.csv").write_text(lengths + "60000,5\n80000,9\n")
+    (tmp_path / "sync_vs_async.csv").write_text(lengths + "1700,60\n1900,50\n1600,40\n")
+    (tmp_path / "azure_llm_2023_conv.csv").write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        + "".join(
+            f"2023-11-16 18:{15 + at // 60}:{at % 60:02}.6805900,{200 + at % 30},{5 + at % 9}\n"
+            for at in range(1010)
+        )
+    )
+    out = tmp_path / "out"
+    command = [FOLDER / "head_to_head.py", out, "--traces", tmp_path, "--tiny", "--rounds", 2]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    page = (out / "page.html").read_text()
+    assert page.count("<svg") == 4 * 5 and "vattn (reference, reference, pages of 16)" in page
+    agreed = json.loads((out / "agreement.json").read_text())
+    assert agreed["to_paged"]["vattn"]["positions"] == 8 * 24
+    assert agreed["to_paged"]["vattn"]["largest"] < 1e-4 < agreed["to_paged"]["vattn"]["spread_of_logits"]
+    for part in ("long", "decode", "online", "tight"):
+        for runs in json.loads((out / f"{part}.json").read_text())["results"].values():
+            assert len(runs) == 2
+            for run in runs:
+                # Every token of every prompt was computed, and a decode for each further token of the answers.
+                assert sum(new for new, _ in run["prefills"]) >= run["prompt_tokens"]
+                if not run["preempted"]:
+                    assert run["decodes"]["requests"] == run["answer_tokens"] - run["requests"]
+
+
+def test_given_answers_are_what_is_answered(model: Model) -> None:
+    """With each token's logits shown before it is chosen."""
+    shown: list[tuple[int, int]] = []
+    asked = requests(4)
+    for request in asked:
+        request.answer, request.forced = 5, [9, 8, 7, 6, 5]
+
+    def note(which: list[Request], logits: torch.Tensor) -> None:
+        assert logits.shape == (len(which), CONFIG.vocab)
+        shown.extend((asked.index(request), len(request.tokens)) for request in which)
+
+    Engine(model, Paged(shape(2000)), on_logits=note).run(asked)
+    assert all(request.tokens == [9, 8, 7, 6, 5] for request in asked)
+    assert sorted(shown) == [(which, token) for which in range(4) for token in range(5)]

@@ -3,7 +3,7 @@
 #
 #   tests/gpu/bundle.sh [FOLDER] [python]        (default: .bundle)
 #
-# With `python` only what the parts `python` and `huggingface` of run.sh need.
+# With `python` only what the parts `python`, `huggingface` and `headtohead` of run.sh need.
 #
 # There, FOLDER/run.sh runs the suite and leaves its results in FOLDER/results. Traces are taken from
 # VATTN_TRACES (default ../shared/traces), those that are there. The program's own tests are not in it:
@@ -57,12 +57,11 @@ if [ "$parts" = all ]; then
     cp "$target/release/vattn" "$target/release/examples/attention" "$folder/bin/"
     cp "$target/release/libvattn.so" "$target/release/libvattn_bridge.so" "$folder/bin/"
     strip --strip-all "$folder"/bin/*
-
-    for trace in azure_llm_2023_conv.csv sync_vs_async.csv; do
-        if [ -e "$traces/$trace" ]; then
-            cp "$traces/$trace" "$folder/traces/"
-        fi
-    done
 fi
+for trace in azure_llm_2023_conv.csv sync_vs_async.csv arxiv_long_offline.csv; do
+    if [ -e "$traces/$trace" ]; then
+        cp "$traces/$trace" "$folder/traces/"
+    fi
+done
 git rev-parse --short HEAD >"$folder/commit"
 du -ah "$folder" | sort -k 2

@@ -2,13 +2,14 @@
 # Runs the GPU suite of the folder that it lies in, and leaves everything in FOLDER/results (or $OUT):
 #
 #   ./run.sh [tests] [soak] [sanitizer] [probe] [replay] [example] [bench] [serving] [creating] [kernels] [attention]
-#       [busy] [engine] [python] [huggingface]
+#       [busy] [engine] [python] [huggingface] [headtohead]
 #   (default: all of them)
 #
 # `soak` takes VATTN_SOAK_SECONDS (180). `sanitizer` needs compute-sanitizer, `example` NVRTC, `creating`, `kernels`,
-# `attention`, `busy`, `engine`, `python` and `huggingface` a Python with PyTorch, `engine` a C++ compiler too, and
-# `huggingface` transformers 5. Every command has a time limit, and one that hangs has failed. Ends with the list of
-# what passed, and with an error if anything did not.
+# `attention`, `busy`, `engine`, `python`, `huggingface` and `headtohead` a Python with PyTorch, `engine` a C++ compiler
+# too, `huggingface` transformers 5, and `headtohead` matplotlib and nvcc; VATTN_PARTS names some of its parts. Every
+# command has a time limit, and one that hangs has failed. Ends with the list of what passed, and with an error if
+# anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
 out=${OUT:-$PWD/results}
@@ -148,8 +149,17 @@ huggingface() {
     limit=$((limit - 270))
 }
 
+# FlashInfer's kernels are compiled into the folder of the bundle, where a second call finds them.
+headtohead() {
+    installed
+    limit=$((limit + 270))
+    note headtohead env FLASHINFER_WORKSPACE_BASE="$PWD" python3 python/examples/serving/head_to_head.py \
+        "$out/headtohead" --traces traces ${VATTN_PARTS:+--parts "$VATTN_PARTS"}
+    limit=$((limit - 270))
+}
+
 [ $# -gt 0 ] || set -- tests soak sanitizer probe replay example bench serving creating kernels attention busy engine \
-    python huggingface
+    python huggingface headtohead
 for part in "$@"; do
     "$part"
 done

@@ -1,6 +1,6 @@
 """Serves a trace with each of the caches, in interleaved rounds of one process, and writes what came of it.
 
-    python bench.py --trace azure_llm_2023_conv.csv --stores vattn,paged,static --rounds 3 --json results.json
+    python bench.py --trace azure_llm_2023_conv.csv --stores vattn:64,paged:16,static --rounds 3 --json results.json
 
 Without a GPU, `--tiny` serves a tiny model on the processor: it shows that all works, and no speed.
 """
@@ -12,42 +12,17 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import workload
+from choices import Choice
 from engine import Engine, Report, Request
 from model import Config, Model
-from store import Shape, Store
-
-
-def store_vattn(shape: Shape, options: argparse.Namespace) -> Store:
-    from store_vattn import Vattn
-
-    # FlashAttention-3 reads whole tiles where it decodes over the batch.
-    tile = 128 if options.decode == "fa3" else 1
-    return Vattn(shape, layout=options.layout, page_tokens=options.page_tokens, tile_tokens=tile)
-
-
-def store_paged(shape: Shape, options: argparse.Namespace) -> Store:
-    from store_paged import Paged
-
-    return Paged(shape, page_tokens=options.page_tokens)
-
-
-def store_static(shape: Shape, options: argparse.Namespace) -> Store:
-    from store_static import Static
-
-    return Static(shape)
-
-
-STORES: dict[str, Callable[[Shape, argparse.Namespace], Store]] = {
-    "vattn": store_vattn,
-    "paged": store_paged,
-    "static": store_static,
-}
+from store import Shape
 
 
 def quantiles(numbers: list[float]) -> dict[str, float]:
@@ -72,19 +47,26 @@ def each_token(request: Request) -> float:
     return (request.times[-1] - request.times[0]) / (len(request.times) - 1)
 
 
-def thinned(entries: list, most: int = 400) -> list:
+def thinned(entries: list[Any], most: int = 400) -> list[Any]:
     """No more than so many of them, evenly spread."""
     return entries[:: -(-len(entries) // most) or 1]
 
 
-def summary(requests: list[Request], report: Report) -> dict:
+def mean_active(report: Report) -> float:
+    """How many requests had memory, in the mean over the time in which others waited for it; over all of the time
+    where none did."""
+    spans = [(after.at - before.at, after) for before, after in zip(report.moments, report.moments[1:])]
+    spans = [(span, moment) for span, moment in spans if moment.waiting] or spans
+    seconds = sum(span for span, _ in spans)
+    return sum(span * moment.active for span, moment in spans) / seconds if seconds else 0.0
+
+
+def summary(requests: list[Request], report: Report) -> dict[str, Any]:
     """A run in numbers: seconds, tokens a second, time to the first token and for each further one."""
     ttft = [first_token(request) for request in requests]
     tpot = [each_token(request) for request in requests if len(request.times) > 1]
     prompts = sum(len(request.prompt) for request in requests)
     answers = sum(len(request.tokens) for request in requests)
-    spans = [after[0] - before[0] for before, after in zip(report.active, report.active[1:])]
-    busy = sum(spans)
     return {
         "seconds": report.seconds,
         "requests": len(requests),
@@ -98,37 +80,65 @@ def summary(requests: list[Request], report: Report) -> dict:
         "graphed_steps": report.graphed,
         "preempted": report.preempted,
         "allocating_share": report.allocating / report.seconds,
-        "mean_active": sum(span * entry[1] for span, entry in zip(spans, report.active)) / busy
-        if busy
-        else 0.0,
-        "most_held": max((held for _, _, held in report.active), default=0),
-        "samples": {"ttft": sorted(ttft), "tpot": sorted(tpot), "memory": thinned(report.active)},
+        "mean_active": mean_active(report),
+        "most_held": max((moment.held for moment in report.moments), default=0),
+        "samples": {
+            "ttft": sorted(ttft),
+            "tpot": sorted(tpot),
+            "moments": [(moment.at, moment.active, moment.held) for moment in thinned(report.moments)],
+        },
+        "prefills": report.prefills,
+        "decodes": {
+            "steps": len(report.decodes),
+            "requests": sum(count for count, _ in report.decodes),
+            "tokens": sum(tokens for _, tokens in report.decodes),
+        },
     }
 
 
-def served(
-    model: Model, shape: Shape, name: str, options: argparse.Namespace, requests: list[Request]
-) -> dict:
-    """One run of one store."""
-    store = STORES[name](shape, options)
-    try:
-        engine = Engine(model, store, prefill=options.prefill, decode=options.decode, chunk=options.chunk)
-        # What is compiled or captured at first use is not what a server's users wait for.
-        engine.run(
-            [
-                replace(request, answer=min(request.answer, 8), arrival=0.0, tokens=[], times=[])
-                for request in requests[: options.warm_up]
-            ]
+def fresh(requests: Iterable[Request], **changes: Any) -> list[Request]:
+    """The same requests, not served yet."""
+    return [replace(request, tokens=[], times=[], preempted=0, kept=0, **changes) for request in requests]
+
+
+class Server:
+    """An engine over a store of a kind, warm: what is compiled or captured at first use is not what a server's users
+    wait for."""
+
+    def __init__(self, model: Model, shape: Shape, choice: Choice, *, chunk: int) -> None:
+        self.store = choice.open(shape)
+        self.engine = Engine(model, self.store, prefill=choice.prefill, decode=choice.decode, chunk=chunk)
+
+    def warm(self, requests: list[Request]) -> None:
+        """Serves some requests that don't count."""
+        if self.engine.graphs:
+            self.engine.prepare()
+        self.engine.run(
+            [replace(request, answer=min(request.answer, 8), arrival=0.0) for request in fresh(requests)]
         )
-        return summary(requests, engine.run(requests)) | {
-            "prefill_kernel": engine.prefill_name,
-            "decode_kernel": engine.decode_name,
-        }
-    finally:
-        store.close()
-        del store
+
+    def serve(self, requests: list[Request]) -> dict[str, Any]:
+        """A run in numbers."""
         gc.collect()
-        if shape.device.type == "cuda":
+        gc.disable()
+        try:
+            report = self.engine.run(requests)
+        finally:
+            gc.enable()
+        return summary(requests, report) | {
+            "store": self.store.name,
+            "page_tokens": getattr(self.store, "page_tokens", None),
+            "prefill_kernel": self.engine.prefill_name,
+            "decode_kernel": self.engine.decode_name,
+        }
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        device = self.store.shape.device
+        self.store.close()
+        del self.store, self.engine
+        gc.collect()
+        if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -136,82 +146,114 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--trace", type=Path, required=True)
-    made.add_argument("--stores", default="vattn,paged,static")
+    made.add_argument(
+        "--stores",
+        default="vattn,paged,static",
+        help="of each its name, the tokens of a page, and the kernels of prefill and decode: paged:16:flashinfer-fa2",
+    )
     made.add_argument(
         "--model", type=Path, help="a Hugging Face folder; without, random weights of Llama-3-8B's shape"
     )
     made.add_argument("--tiny", action="store_true", help="a tiny model on the processor")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--limit", type=int, help="how many requests")
+    made.add_argument("--skip", type=int, default=0, help="requests of the trace that come before them")
     made.add_argument("--load", type=float, default=1.0, help="divides the times between arrivals")
     made.add_argument("--shorten", type=float, default=1.0, help="divides the prompts' lengths")
     made.add_argument("--longest", type=int, default=8192, help="tokens of the longest request")
     made.add_argument("--most", type=int, default=256, help="requests at a time")
     made.add_argument("--budget", type=float, default=40.0, help="GiB of memory for the cache")
     made.add_argument("--chunk", type=int, default=2048, help="tokens of a step")
-    made.add_argument("--page-tokens", type=int, default=16)
     made.add_argument("--layout", default="sliced", type=lambda text: int(text) if text.isdigit() else text)
-    made.add_argument("--prefill")
-    made.add_argument("--decode")
     made.add_argument("--warm-up", type=int, default=8)
     made.add_argument("--json", type=Path)
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs it."""
-    options = parser().parse_args(arguments)
-    names = options.stores.split(",")
-    if unknown := [name for name in names if name not in STORES]:
-        print(f"there is no store {unknown[0]!r}; there are {', '.join(STORES)}", file=sys.stderr)
-        return 2
+def make_model(options: argparse.Namespace) -> Model:
+    """The model that is asked for."""
     device = torch.device("cpu" if options.tiny else "cuda")
     dtype = torch.float32 if options.tiny else torch.bfloat16
     if options.model:
-        model = Model.load(options.model, options.longest, device=device, dtype=dtype)
-    else:
-        model = Model.random(
-            Config.tiny() if options.tiny else Config(), options.longest, device=device, dtype=dtype
-        )
+        return Model.load(options.model, options.longest, device=device, dtype=dtype)
+    config = Config.tiny() if options.tiny else Config()
+    return Model.random(config, options.longest, device=device, dtype=dtype)
+
+
+def shape_of(model: Model, options: argparse.Namespace) -> Shape:
+    """What a cache has to keep for it."""
     config = model.config
-    shape = Shape(
+    return Shape(
         config.layers,
         config.kv_heads,
         config.head_dim,
-        dtype,
-        device,
+        model.dtype,
+        model.device,
         int(options.budget * 2**30),
         options.longest,
         options.most,
     )
-    results: dict[str, list[dict]] = {name: [] for name in names}
+
+
+def requests_of(model: Model, options: argparse.Namespace) -> list[Request]:
+    """The trace's requests."""
+    return workload.requests(
+        options.trace,
+        vocab=model.config.vocab,
+        longest=options.longest,
+        limit=options.limit,
+        skip=options.skip,
+        load=options.load,
+        shorten=options.shorten,
+    )
+
+
+def compare(model: Model, options: argparse.Namespace) -> dict[str, Any]:
+    """Every store serves the same requests in each round, and each round begins with another one."""
+    choices = [Choice.read(text, options.layout) for text in options.stores.split(",")]
+    shape = shape_of(model, options)
+    requests = requests_of(model, options)
+    results: dict[str, list[dict[str, Any]]] = {str(choice): [] for choice in choices}
     with torch.inference_mode():
         for turn in range(options.rounds):
-            # Each round begins with another store, so that none is always the first.
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                requests = workload.requests(
-                    options.trace,
-                    vocab=config.vocab,
-                    longest=options.longest,
-                    limit=options.limit,
-                    load=options.load,
-                    shorten=options.shorten,
-                )
-                found = served(model, shape, name, options, requests)
-                results[name].append(found)
-                print(
-                    f"{name}, round {turn + 1}: {found['tokens_per_second']:,.0f} tokens/s, "
-                    f"TTFT p50 {found['ttft']['p50']:.3f} s, time a token p50 {found['tpot']['p50'] * 1e3:.2f} ms, "
-                    f"{found['preempted']} preempted, allocation {found['allocating_share']:.2%}",
-                    flush=True,
-                )
+            first = turn % len(choices)
+            for choice in choices[first:] + choices[:first]:
+                server = Server(model, shape, choice, chunk=options.chunk)
+                try:
+                    server.warm(requests[: options.warm_up])
+                    found = server.serve(fresh(requests))
+                finally:
+                    server.close()
+                results[str(choice)].append(found)
+                print(f"{choice}, round {turn + 1}: {told(found)}", flush=True)
+    options_told = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
+    }
+    return {"options": options_told, "model": asdict(model.config), "results": results}
+
+
+def told(found: dict[str, Any]) -> str:
+    """A run in a line."""
+    tpot = f"{found['tpot']['p50'] * 1e3:.2f} ms" if found["tpot"] else "none"
+    return (
+        f"{found['tokens_per_second']:,.0f} tokens/s, TTFT p50 {found['ttft']['p50']:.3f} s, time a token p50 {tpot}, "
+        f"{found['preempted']} preempted, {found['mean_active']:.1f} active, "
+        f"allocation {found['allocating_share']:.3%}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs it."""
+    made = parser()
+    options = made.parse_args(arguments)
+    try:
+        for text in options.stores.split(","):
+            Choice.read(text)
+    except ValueError as error:
+        made.error(str(error))
+    found = compare(make_model(options), options)
     if options.json:
-        told = {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-        }
-        options.json.write_text(
-            json.dumps({"options": told, "model": asdict(config), "results": results}, indent=1)
-        )
+        options.json.write_text(json.dumps(found, indent=1))
     return 0
 
 

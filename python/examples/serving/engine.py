@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy
 import torch
@@ -108,9 +108,20 @@ class Chunk:
     @property
     def totals(self) -> numpy.ndarray:
         """How many tokens of each have keys and values afterwards."""
-        return numpy.array(
-            [request.kept + new for request, new in zip(self.requests, self.new)], numpy.int64
-        )
+        return numpy.array([request.kept + new for request, new in zip(self.requests, self.new)], numpy.int64)
+
+
+class Moment(NamedTuple):
+    """How things stood."""
+
+    at: float
+    """Seconds after the start of the run."""
+    active: int
+    """Requests that have memory."""
+    waiting: int
+    """Requests that wait for it."""
+    held: int
+    """Bytes that the store holds."""
 
 
 @dataclass
@@ -124,8 +135,8 @@ class Report:
     preempted: int = 0
     allocating: float = 0.0
     """Seconds in the store's calls: admission, growth, release."""
-    active: list[tuple[float, int, int]] = field(default_factory=list)
-    """After each step: when, how many requests have memory, and how many bytes the store holds."""
+    moments: list[Moment] = field(default_factory=list)
+    """After each step."""
     prefills: list[tuple[int, int]] = field(default_factory=list)
     """Each part of a prompt that was computed: how many tokens, and how many the request then held."""
     decodes: list[tuple[int, int]] = field(default_factory=list)
@@ -183,7 +194,8 @@ class Engine:
                 time.sleep(max(0.0, coming[0].arrival - now))
                 continue
             self.step()
-            report.active.append((self.now(), len(self.running), self.store.held()))
+            moment = Moment(self.now(), len(self.running), len(self.waiting), self.store.held())
+            report.moments.append(moment)
         report.seconds = self.now()
         return report
 
@@ -200,7 +212,9 @@ class Engine:
         if chunk:
             report.prefills += zip(chunk.new, chunk.totals.tolist())
         logits = self.mixed_step(chunk) if chunk else self.decode_step()
-        finished = [request for request, new in zip(chunk.requests, chunk.new) if request.kept + new == request.total]
+        finished = [
+            request for request, new in zip(chunk.requests, chunk.new) if request.kept + new == request.total
+        ]
         asked = decoding.requests + finished
         if self.on_logits:
             self.on_logits(asked, logits)
@@ -253,9 +267,7 @@ class Engine:
         while self.waiting and left > 0 and len(self.running) < store.shape.most:
             request = self.waiting[0]
             # Those that run may need memory of their own for a while yet: a request starts with all of its prompt.
-            rest = [
-                other.total - other.kept - new for other, new in zip(chunk.requests, chunk.new)
-            ]
+            rest = [other.total - other.kept - new for other, new in zip(chunk.requests, chunk.new)]
             unfinished = [tokens for tokens in rest if tokens]
             if self.timed(store.admits, [*unfinished, request.total]) <= len(unfinished):
                 break
@@ -331,7 +343,9 @@ class Engine:
             after = self.prefill.run(layer, query[width:])
             return torch.cat((batch.kernel.run(layer, query[:width]), after)) if batch else after
 
-        return self.model.forward(tokens, positions, torch.tensor(asked, device=device), attend)
+        return self.model.forward(
+            tokens, positions, torch.tensor(asked, dtype=torch.int64, device=device), attend
+        )
 
     def batch(self, count: int, captured: bool = True) -> Batch:
         """The smallest batch that takes so many requests, captured when it is first needed."""

@@ -15,8 +15,8 @@ from functools import partial
 
 import numpy
 import torch
-import torch.nn.functional as functional
 from store import Pages, Slots, Store
+from torch.nn import functional
 
 WORKSPACE = 256 << 20
 """Bytes of scratch memory for FlashInfer; its authors recommend 128 MiB at the least."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as functional
+from torch.nn import functional
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """`(layer, query [n, heads, dim], key [n, kv_heads, dim], value) -> [n, heads, dim]`."""
@@ -163,7 +163,7 @@ class Model:
         weights: dict[str, torch.Tensor] = {}
         for file in files:
             with safe_open(file, framework="pt", device=str(device)) as opened:
-                weights.update({name: opened.get_tensor(name).to(dtype) for name in opened.keys()})
+                weights.update({name: opened.get_tensor(name).to(dtype) for name in opened.keys()})  # noqa: SIM118
 
         def of(name: str) -> torch.Tensor:
             try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
 from store import Pages, Shape
+
+if TYPE_CHECKING:
+    from choices import Choice
 
 
 class Paged(Pages):
@@ -75,3 +79,7 @@ class Paged(Pages):
 
     def held(self) -> int:
         return self.pool.numel() * self.pool.itemsize
+
+
+def make(shape: Shape, choice: Choice) -> Paged:
+    return Paged(shape, page_tokens=choice.page_tokens)

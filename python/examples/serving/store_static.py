@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
 from store import Shape, Slots
+
+if TYPE_CHECKING:
+    from choices import Choice
 
 
 class Static(Slots):
@@ -48,3 +52,7 @@ class Static(Slots):
 
     def held(self) -> int:
         return self.pool.numel() * self.pool.itemsize
+
+
+def make(shape: Shape, choice: Choice) -> Static:
+    return Static(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -10,6 +11,9 @@ from store import Pages, Shape, Slots
 
 import vattn
 import vattn.torch
+
+if TYPE_CHECKING:
+    from choices import Choice
 
 ENTRY = numpy.dtype([("index", "u4"), ("cache", "u4"), ("generation", "u8"), ("tokens", "u8")])
 """What `KvCache.step` takes of each request, in a buffer."""
@@ -28,7 +32,7 @@ class Vattn(Slots, Pages):
         *,
         layout: str | int = "sliced",
         page_tokens: int = 16,
-        tile_tokens: int = 1,
+        kernel: str | None = None,
         driver: vattn.Driver | None = None,
     ) -> None:
         self.shape = shape
@@ -46,7 +50,7 @@ class Vattn(Slots, Pages):
             max_slots=shape.most,
             spare_slot=True,
             page_tokens=page_tokens,
-            tile_tokens=tile_tokens,
+            tile_tokens=model.tile_tokens(kernel) if kernel else 1,
             layout=layout,
         )
         plan = self.cache.layout
@@ -107,3 +111,9 @@ class Vattn(Slots, Pages):
         ):
             tensors.clear()
         self.cache.close()
+
+
+def make(shape: Shape, choice: Choice) -> Vattn:
+    # FlashAttention-3 reads whole tiles where it decodes over the batch; the others read nothing past a length.
+    kernel = "fa3-decode" if choice.decode == "fa3" else None
+    return Vattn(shape, layout=choice.layout, page_tokens=choice.page_tokens, kernel=kernel)

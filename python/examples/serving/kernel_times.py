@@ -1,0 +1,272 @@
+"""What attention costs over each cache, kernel by kernel, before anything is served: what a run is held against.
+
+    python kernel_times.py kernel_times.json
+
+Each kernel is timed through the same store, plan and run as the engine's, with eight layers in a CUDA graph so that
+the host costs nothing. Pages lie shuffled, as in a server that has run for a while.
+
+[`Times`] reads the file: what a kernel would take for other shapes, between those that were measured, and so what
+attention came to in all of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import math
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from choices import Choice
+from kernels import DECODE, PREFILL, Decode, Prefill
+from model import Config
+from store import Shape, Store
+
+LAYERS = 8
+"""How many of the layers are timed."""
+REPEATS = 5
+NEW = (512, 2048, 8192)
+TOTAL = (512, 2048, 8192, 32768, 131072)
+"""New tokens of a request, and how many it has in all: where they are as many, the start of a prompt."""
+DECODES = ((1, 2048), (1, 98304), (4, 32768), (16, 8192), (64, 2048), (128, 1024))
+"""Requests, and tokens of each."""
+PAGES = (16, 64, 256)
+
+CHOICES = [
+    *(f"vattn:{pages}" for pages in PAGES),
+    "vattn:16:fa3:fa3",
+    *(f"paged:{pages}" for pages in PAGES),
+    *(f"paged:{pages}:flashinfer-fa2" for pages in PAGES),
+    "static",
+]
+
+
+def timed(kernel: Prefill | Decode, query: torch.Tensor) -> float:
+    """Microseconds a layer, from a graph: the median of some repeats."""
+
+    def run() -> None:
+        for layer in range(LAYERS):
+            kernel.run(layer, query)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    found = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(1e3 * begin.elapsed_time(end))
+    return statistics.median(found) / LAYERS
+
+
+def fill(store: Store, places: Sequence[int], tokens: int) -> numpy.ndarray:
+    """Requests of so many random tokens at these places."""
+    taken = numpy.array(places, numpy.int64)
+    if not store.grow(taken, numpy.full(len(places), tokens, numpy.int64)):
+        raise MemoryError(f"{len(places)} requests of {tokens} tokens do not fit; raise the budget")
+    for place in places:
+        rows = torch.from_numpy(store.rows(place, numpy.arange(tokens))).to(store.shape.device)
+        for layer in range(LAYERS):
+            for into in (store.keys[layer], store.values[layer]):
+                of = (tokens, *into.shape[1:])
+                into.index_copy_(0, rows, torch.randn(of, dtype=into.dtype, device=into.device))
+    return taken
+
+
+def prefill_times(store: Store, choice: Choice, heads: int) -> list[dict[str, Any]]:
+    """Microseconds a layer, for one request."""
+    kernel = PREFILL[choice.prefill or store.prefill](store, heads)
+    shape = store.shape
+    place = store.begin(max(TOTAL))
+    places = fill(store, [place], max(TOTAL))
+    found = []
+    for new, total in itertools.product(NEW, TOTAL):
+        if new > total:
+            continue
+        kernel.plan(places, numpy.array([new]), numpy.array([total]))
+        query = torch.randn(new, heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
+        taken = timed(kernel, query)
+        found.append({"new": new, "total": total, "us": taken})
+    store.end(place)
+    return found
+
+
+def decode_times(store: Store, choice: Choice, heads: int) -> list[dict[str, Any]]:
+    """Microseconds a layer, for so many requests of a length each."""
+    shape, found = store.shape, []
+    for count, tokens in DECODES:
+        begun = [store.begin(tokens) for _ in range(count)]
+        places = fill(store, begun, tokens)
+        kernel = DECODE[choice.decode or store.decode](store, heads, count)
+        kernel.plan(places, numpy.full(count, tokens))
+        query = torch.randn(count, heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
+        taken = timed(kernel, query)
+        found.append({"requests": count, "tokens": tokens, "us": taken})
+        for place in begun:
+            store.end(place)
+        torch.cuda.synchronize()
+    return found
+
+
+def shuffle(store: Store) -> None:
+    """Has a list of free pages in no order."""
+    if hasattr(store, "tables") and hasattr(store, "free"):
+        random.Random(0).shuffle(store.free)
+
+
+def measure(choices: Sequence[str], config: Config, budget: int) -> list[dict[str, Any]]:
+    """All kernels, each over a store of its own."""
+    found = []
+    for text in choices:
+        choice = Choice.read(text)
+        # A static slot is as long as the longest: in the same memory it has room for fewer.
+        few = choice.store == "static"
+        shape = Shape(
+            config.layers,
+            config.kv_heads,
+            config.head_dim,
+            torch.bfloat16,
+            torch.device("cuda"),
+            budget * (3 if few else 1),
+            max(TOTAL) + 64,
+            max(count for count, _ in DECODES),
+        )
+        store = choice.open(shape)
+        shuffle(store)
+        entry: dict[str, Any] = {
+            "store": choice.store,
+            "page_tokens": getattr(store, "page_tokens", None),
+            "prefill_kernel": choice.prefill or store.prefill,
+            "decode_kernel": choice.decode or store.decode,
+            "prefill": prefill_times(store, choice, config.heads),
+            "decode": [] if few else decode_times(store, choice, config.heads),
+        }
+        found.append(entry)
+        print(f"{choice}: measured", flush=True)
+        store.close()
+        del store
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+class Times:
+    """Times of one store with its kernels."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+        self.grid = {(each["new"], each["total"]): each["us"] for each in entry["prefill"]}
+        # A step of decodes costs something by itself, by request, and by token that it reads.
+        measured = entry["decode"]
+        self.weights = numpy.zeros(3)
+        if measured:
+            work = [[1, each["requests"], each["requests"] * each["tokens"]] for each in measured]
+            taken = numpy.array([each["us"] for each in measured])
+            # Relative errors count, not those of the longest alone.
+            self.weights = numpy.linalg.lstsq(
+                numpy.array(work) / taken[:, None], numpy.ones(len(taken)), rcond=None
+            )[0]
+
+    def prefill(self, new: int, total: int) -> float:
+        """Microseconds a layer for a request's part of a prompt: its work, which is measured exactly, at a rate
+        between those of the measured shapes around it."""
+        return work(new, total) / self.rate(new, total)
+
+    def rate(self, new: int, total: int) -> float:
+        """Pairs of a new token and one that it sees, a microsecond: bilinear in the logarithms."""
+        below, above, share = between(NEW, new)
+        return (1 - share) * self._rate(below, total) + share * self._rate(above, total)
+
+    def _rate(self, new: int, total: int) -> float:
+        totals = sorted(known for count, known in self.grid if count == new)
+        below, above, share = between(totals, total)
+        return (1 - share) * work(new, below) / self.grid[new, below] + share * work(new, above) / self.grid[
+            new, above
+        ]
+
+    def decode(self, steps: int, requests: int, tokens: int) -> float:
+        """Microseconds a layer of so many steps, with so many requests and tokens in all of them together."""
+        return float(self.weights @ [steps, requests, tokens])
+
+    def attention(self, run: dict[str, Any], layers: int) -> tuple[float, float]:
+        """Seconds that prefill's attention and decode's take in a run, from what was computed in it."""
+        prefill = sum(self.prefill(new, total) for new, total in run["prefills"])
+        decoded = run["decodes"]
+        decode = self.decode(decoded["steps"], decoded["requests"], decoded["tokens"])
+        return layers * prefill / 1e6, layers * decode / 1e6
+
+
+def work(new: int, total: int) -> float:
+    """Pairs of a new token and one that it sees."""
+    return new * (total - (new - 1) / 2)
+
+
+def between(known: Sequence[int], wanted: int) -> tuple[int, int, float]:
+    """The neighbours of a number among those known, and how far it is from the first to the second; the ends serve
+    for what lies beyond them."""
+    wanted = min(max(wanted, known[0]), known[-1])
+    above = next(number for number in known if number >= wanted)
+    below = max((number for number in known if number <= wanted), default=above)
+    return below, above, math.log(wanted / below) / math.log(above / below) if above > below else 0.0
+
+
+def find(
+    entries: Sequence[dict[str, Any]], store: str, page_tokens: int | None, prefill: str, decode: str
+) -> Times | None:
+    """The times of a store with these pages and kernels. Pages are no matter to kernels that don't see them."""
+    for entry in entries:
+        if (
+            entry["store"] == store
+            and entry["prefill_kernel"] == prefill
+            and entry["decode_kernel"] == decode
+            and entry["page_tokens"] == page_tokens
+        ):
+            return Times(entry)
+    return None
+
+
+def best(entries: Sequence[dict[str, Any]], store: str, phases: Sequence[str]) -> str:
+    """The choice of pages and kernels with which a store is fastest in these phases: in the geometric mean of all
+    shapes."""
+
+    def cost(entry: dict[str, Any]) -> float:
+        logs = [math.log(each["us"]) for phase in phases for each in entry[phase]]
+        return sum(logs) / len(logs)
+
+    entry = min((entry for entry in entries if entry["store"] == store), key=cost)
+    return f"{store}:{entry['page_tokens']}:{entry['prefill_kernel']}:{entry['decode_kernel']}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures and writes."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("out", type=Path)
+    made.add_argument("--budget", type=int, default=26, help="GiB of memory for a cache")
+    options = made.parse_args(arguments)
+    with torch.inference_mode():
+        found = measure(CHOICES, Config(), options.budget << 30)
+    options.out.write_text(
+        json.dumps({"device": torch.cuda.get_device_name(), "layers": LAYERS, "entries": found}, indent=1)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
