@@ -252,6 +252,7 @@ class Engine:
     def choose(self) -> Chunk:
         """Which parts of prompts are computed beside the decodes; memory is there for all of it afterwards."""
         store, decoding = self.store, self.decoding
+        preempted = self.report.preempted
         while True:
             left = max(self.chunk - len(decoding), 0)
             chunk = Chunk()
@@ -264,6 +265,9 @@ class Engine:
             ):
                 break
             self.preempt()
+        if self.report.preempted > preempted:
+            # What was given up is for those that go on; the request would only be ended again.
+            return chunk
         while self.waiting and left > 0 and len(self.running) < store.shape.most:
             request = self.waiting[0]
             # Those that run may need memory of their own for a while yet: a request starts with all of its prompt.
