@@ -12,8 +12,9 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,10 @@ def thinned(entries: list[Any], most: int = 400) -> list[Any]:
 
 
 def mean_active(report: Report) -> float:
-    """How many requests had memory, in the mean over the time in which others waited for it; over all of the time
-    where none did."""
+    """How many requests had memory, in the mean over the steps in which another one had to wait for it; over all of
+    them where none had to."""
     spans = [(after.at - before.at, after) for before, after in zip(report.moments, report.moments[1:])]
-    spans = [(span, moment) for span, moment in spans if moment.waiting] or spans
+    spans = [(span, moment) for span, moment in spans if moment.refused] or spans
     seconds = sum(span for span, _ in spans)
     return sum(span * moment.active for span, moment in spans) / seconds if seconds else 0.0
 
@@ -98,7 +99,7 @@ def summary(requests: list[Request], report: Report) -> dict[str, Any]:
 
 def fresh(requests: Iterable[Request], **changes: Any) -> list[Request]:
     """The same requests, not served yet."""
-    return [replace(request, tokens=[], times=[], preempted=0, kept=0, **changes) for request in requests]
+    return [replace(request, tokens=[], times=[], kept=0, **changes) for request in requests]
 
 
 class Server:
@@ -208,28 +209,52 @@ def requests_of(model: Model, options: argparse.Namespace) -> list[Request]:
     )
 
 
-def compare(model: Model, options: argparse.Namespace) -> dict[str, Any]:
-    """Every store serves the same requests in each round, and each round begins with another one."""
+def compare(
+    model: Model,
+    options: argparse.Namespace,
+    results: dict[str, list[dict[str, Any]]] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Every store serves the same requests in each round, and each round begins with another one.
+
+    `results` are those of rounds that were run before, and `keep` is told what there is after each run.
+    """
     choices = [Choice.read(text, options.layout) for text in options.stores.split(",")]
     shape = shape_of(model, options)
     requests = requests_of(model, options)
-    results: dict[str, list[dict[str, Any]]] = {str(choice): [] for choice in choices}
+    found = {
+        "options": plain(options),
+        "model": asdict(model.config),
+        "results": results or {str(choice): [] for choice in choices},
+    }
     with torch.inference_mode():
         for turn in range(options.rounds):
             first = turn % len(choices)
             for choice in choices[first:] + choices[:first]:
+                runs = found["results"][str(choice)]
+                if len(runs) > turn:
+                    continue
                 server = Server(model, shape, choice, chunk=options.chunk)
                 try:
                     server.warm(requests[: options.warm_up])
-                    found = server.serve(fresh(requests))
+                    runs.append(server.serve(fresh(requests)))
                 finally:
                     server.close()
-                results[str(choice)].append(found)
-                print(f"{choice}, round {turn + 1}: {told(found)}", flush=True)
-    options_told = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-    }
-    return {"options": options_told, "model": asdict(model.config), "results": results}
+                keep(found)
+                print(f"{choice}, round {turn + 1}: {told(runs[-1])}", flush=True)
+    return found
+
+
+def plain(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """The file is the old one or the new one, whenever this is ended."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1))
+    part.replace(path)
 
 
 def told(found: dict[str, Any]) -> str:
@@ -251,9 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
             Choice.read(text)
     except ValueError as error:
         made.error(str(error))
-    found = compare(make_model(options), options)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    keep = partial(write, options.json) if options.json else lambda found: None
+    compare(make_model(options), options, keep=keep)
     return 0
 
 

@@ -49,6 +49,6 @@ class Choice:
         return store
 
     def __str__(self) -> str:
-        return ":".join(
-            str(part) for part in (self.store, self.page_tokens, self.prefill, self.decode) if part
+        return ":".join([self.store, str(self.page_tokens), self.prefill or "", self.decode or ""]).rstrip(
+            ":"
         )

@@ -45,7 +45,6 @@ class Request:
     """The answer so far."""
     times: list[float] = field(default_factory=list)
     """When each of its tokens was there, in seconds after the start of the run."""
-    preempted: int = 0
     place: int = -1
     """Where the store keeps it."""
     kept: int = 0
@@ -117,9 +116,9 @@ class Moment(NamedTuple):
     at: float
     """Seconds after the start of the run."""
     active: int
-    """Requests that have memory."""
-    waiting: int
-    """Requests that wait for it."""
+    """Requests that had memory in it."""
+    refused: bool
+    """Whether another one had to wait for memory."""
     held: int
     """Bytes that the store holds."""
 
@@ -157,8 +156,8 @@ class Engine:
         graphs: bool = True,
         on_logits: Callable[[list[Request], torch.Tensor], None] | None = None,
     ) -> None:
-        """`chunk` is how many tokens a step has at the most. `on_logits` is shown each step's logits, a row a
-        request, before tokens are chosen."""
+        """`chunk` is up to how many tokens prompts fill a step beside its decodes, which all take part. `on_logits` is
+        shown each step's logits, a row a request, before tokens are chosen."""
         self.model, self.store, self.chunk = model, store, chunk
         on_card = store.shape.device.type == "cuda"
         self.prefill_name = prefill or (store.prefill if on_card else "reference")
@@ -166,6 +165,7 @@ class Engine:
         self.prefill = PREFILL[self.prefill_name](store, model.config.heads)
         self.graphs = graphs and on_card
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self.side = torch.cuda.Stream() if self.graphs else None
         self.on_logits = on_logits
         self.batches: dict[int, Batch] = {}
         self.waiting: deque[Request] = deque()
@@ -174,6 +174,8 @@ class Engine:
         #: Those of them whose prompt is not done yet; and the others.
         self.filling: list[Request] = []
         self.decoding = Decoding()
+        #: Whether a request had to wait for memory in this step.
+        self.refused = False
         self.report = Report()
 
     def prepare(self) -> None:
@@ -194,8 +196,6 @@ class Engine:
                 time.sleep(max(0.0, coming[0].arrival - now))
                 continue
             self.step()
-            moment = Moment(self.now(), len(self.running), len(self.waiting), self.store.held())
-            report.moments.append(moment)
         report.seconds = self.now()
         return report
 
@@ -204,8 +204,9 @@ class Engine:
 
     def step(self) -> None:
         """One iteration."""
+        self.refused = False
         chunk = self.choose()
-        report, decoding = self.report, self.decoding
+        report, decoding, active = self.report, self.decoding, len(self.running)
         report.steps += 1
         if decoding:
             report.decodes.append((len(decoding), int(decoding.kept.sum()) + len(decoding)))
@@ -240,6 +241,7 @@ class Engine:
         if finished or over:
             self.filling = [request for request in self.filling if request not in finished]
             decoding.replace([request for request in asked if request.place >= 0])
+        report.moments.append(Moment(now, active, self.refused, self.store.held()))
 
     def timed(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """A call of the store's, its time counted."""
@@ -267,13 +269,14 @@ class Engine:
             self.preempt()
         if self.report.preempted > preempted:
             # What was given up is for those that go on; the request would only be ended again.
+            self.refused = True
             return chunk
         while self.waiting and left > 0 and len(self.running) < store.shape.most:
             request = self.waiting[0]
-            # Those that run may need memory of their own for a while yet: a request starts with all of its prompt.
-            rest = [other.total - other.kept - new for other, new in zip(chunk.requests, chunk.new)]
-            unfinished = [tokens for tokens in rest if tokens]
-            if self.timed(store.admits, [*unfinished, request.total]) <= len(unfinished):
+            # It starts with memory for all of its prompt. So had those before it, whose prompts end in this step: where
+            # one does not, nothing is left of the chunk.
+            if not self.timed(store.admits, [request.total]):
+                self.refused = True
                 break
             self.waiting.popleft()
             request.place = self.timed(store.begin, request.total)
@@ -281,6 +284,7 @@ class Engine:
             self.filling.append(request)
             one = Chunk([request], [min(request.total, left)])
             if not self.timed(store.grow, one.places, one.totals):
+                self.refused = True
                 self.put_back()
                 break
             chunk.add(request, one.new[0])
@@ -297,7 +301,6 @@ class Engine:
             raise MemoryError(
                 f"one request of {self.running[0].total} tokens does not fit into the cache; raise the budget"
             )
-        self.running[-1].preempted += 1
         self.report.preempted += 1
         self.put_back()
 
@@ -358,12 +361,12 @@ class Engine:
             self.batches[width] = Batch(self.model, self.store, self.decode_name, width)
         batch = self.batches[width]
         if captured and self.graphs and batch.graph is None:
-            batch.capture(self.pool)
+            batch.capture(self.pool, self.side)
         return batch
 
 
-WIDTHS = [1, 2, 4, 8, *range(16, 1025, 16)]
-"""How many requests the batches take."""
+WIDTHS = [1, 2, 4, 8, *range(16, 1009, 16)]
+"""How many requests the batches take. FlashInfer's scratch memory suffices for these."""
 
 
 def wide(count: int) -> int:
@@ -410,10 +413,9 @@ class Batch:
         self.store.values[layer].index_copy_(0, self.rows, value)
         return self.kernel.run(layer, query)
 
-    def capture(self, pool: tuple[int, int] | None) -> None:
-        """Records a pass into a graph. All entries are padding meanwhile."""
+    def capture(self, pool: tuple[int, int] | None, side: torch.cuda.Stream | None) -> None:
+        """Records a pass into a graph, after one beside it. All entries are padding meanwhile."""
         self.fill(Decoding())
-        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self.compute()

@@ -4,6 +4,7 @@
 
 | part | what is asked |
 |---|---|
+| `check` | is every kernel right over every cache? |
 | `kernels` | what does attention cost over each cache? |
 | `agreement` | do all caches give the same logits? |
 | `long` | long prompts, all there at the start: throughput |
@@ -11,10 +12,10 @@
 | `online` | arrivals as recorded, at the load at which `paged` takes twice as long to the first token as unloaded |
 | `tight` | little memory: how many requests are under way at a time? |
 
-Each part is a file in OUT, and is not run again where that is there; `--parts` names some. `paged` has, in each
-part, the pages and kernels that were fastest for that part's work; `vattn` has one layout and one size of pages
-throughout, `static` the contiguous kernels. `--tiny` runs all but `kernels` with a tiny model on the processor, to
-show that it works.
+Each part is a file in OUT, written after each run: what is there is not run again, so all of it can be ended at any
+time and called again. `--parts` names some. `paged` has, in each part, the pages and kernels whose own times are the
+least for that part's requests; `vattn` has one layout and one size of pages throughout, `static` the contiguous
+kernels. `--tiny` runs all but `check` and `kernels` with a tiny model on the processor, to show that it works.
 """
 
 from __future__ import annotations
@@ -29,16 +30,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import check
 import kernel_times
 import torch
-from bench import Server, compare, fresh, make_model, parser, quantiles, requests_of, shape_of
+from bench import (
+    Server,
+    compare,
+    fresh,
+    make_model,
+    parser,
+    plain,
+    quantiles,
+    requests_of,
+    shape_of,
+    write,
+)
 from choices import Choice
 from engine import Engine, Request
 from model import Model
 from store import Shape
 
-PARTS = ["kernels", "agreement", "long", "decode", "online", "tight"]
+PARTS = ["check", "kernels", "agreement", "long", "decode", "online", "tight"]
 PLAIN = {"vattn": "vattn", "paged": "paged", "static": "static"}
+WORKLOADS = ["long", "decode", "online", "tight"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "long": {
@@ -85,22 +99,40 @@ TINY: dict[str, dict[str, Any]] = {
     "online": {"limit": 4, "shorten": 10, "load": 100, "longest": 1024, "most": 4, "budget": 0.06},
     "tight": {"limit": 4, "shorten": 10, "longest": 1024, "most": 4, "budget": 0.03},
 }
-LOADS = (0.5, 16.0)
-PHASES = {
-    "long": ["prefill"],
-    "decode": ["decode"],
-    "online": ["prefill", "decode"],
-    "tight": ["prefill", "decode"],
-}
+LOADS = (0.5, 2.0, 16.0)
+"""The least load that is looked at, the first, and the most."""
 
 
-def chosen(kernels: list[dict[str, Any]], part: str) -> dict[str, str]:
+def expected(requests: list[Request], chunk: int, most: int) -> dict[str, Any]:
+    """What a run of them will have computed, roughly: prompts in whole chunks, answers side by side."""
+    prefills = [
+        (min(chunk, len(request.prompt) - start), min(start + chunk, len(request.prompt)))
+        for request in requests
+        for start in range(0, len(request.prompt), chunk)
+    ]
+    answers = sum(request.answer for request in requests)
+    tokens = sum(request.answer * (len(request.prompt) + request.answer / 2) for request in requests)
+    decodes = {"steps": answers / min(most, len(requests)), "requests": answers, "tokens": tokens}
+    return {"prefills": prefills, "decodes": decodes}
+
+
+def chosen(
+    kernels: list[dict[str, Any]], part: str, model: Model, given: argparse.Namespace
+) -> dict[str, str]:
     """How each store is to be used in a part."""
     if not kernels:
         return PLAIN
+    runs = {}
+    for name in WORKLOADS:
+        options = options_of(name, PLAIN, given)
+        runs[name] = expected(requests_of(model, options), options.chunk, options.most)
+    # FlashAttention-3's tiles reach past a length, into memory whose numbers nobody looks after.
+    ours = [entry for entry in kernels if entry["store"] == "vattn" and entry["decode_kernel"] != "fa3"]
+    layers = model.config.layers
+    theirs = [runs[part]] if part in runs else list(runs.values())
     return {
-        "vattn": kernel_times.best(kernels, "vattn", ["decode"]),
-        "paged": kernel_times.best(kernels, "paged", PHASES[part]),
+        "vattn": kernel_times.best(ours, "vattn", list(runs.values()), layers),
+        "paged": kernel_times.best(kernels, "paged", theirs, layers),
         "static": "static",
     }
 
@@ -113,7 +145,8 @@ def options_of(part: str, stores: dict[str, str], given: argparse.Namespace) -> 
         if name != "trace":
             setattr(options, name, value)
     options.stores = ",".join(stores.values())
-    options.rounds, options.tiny, options.layout = given.rounds, given.tiny, given.layout
+    for name in ("rounds", "tiny", "layout", "model"):
+        setattr(options, name, getattr(given, name))
     return options
 
 
@@ -136,6 +169,8 @@ def logits_of(model: Model, shape: Shape, choice: Choice, requests: list[Request
         return torch.stack([found[place] for place in sorted(found)])
     finally:
         store.close()
+        if shape.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def differences(theirs: torch.Tensor, ours: torch.Tensor, noise: float) -> dict[str, Any]:
@@ -201,7 +236,7 @@ def find_load(model: Model, options: argparse.Namespace, paged: str) -> dict[str
     try:
         server.warm(requests[: options.warm_up])
         alone = []
-        for request in fresh(requests[:100], answer=1, arrival=0.0):
+        for request in fresh(requests, answer=1, arrival=0.0):
             server.engine.run([request])
             alone.append(request.times[0])
         unloaded = statistics.median(alone)
@@ -216,9 +251,15 @@ def find_load(model: Model, options: argparse.Namespace, paged: str) -> dict[str
             print(f"load {load:.2f}: TTFT p50 {found:.3f} s, {unloaded:.3f} alone", flush=True)
             return bool(found >= 2 * unloaded)
 
-        low = high = LOADS[0]
-        while not loaded(high) and high < LOADS[1]:
+        least, high, most = LOADS
+        if loaded(high):
+            low = high / 2
+            while low > least and loaded(low):
+                low, high = low / 2, low
+        else:
             low, high = high, 2 * high
+            while high < most and not loaded(high):
+                low, high = high, 2 * high
         while high - low > high / 16:
             middle = (low + high) / 2
             low, high = (low, middle) if loaded(middle) else (middle, high)
@@ -231,19 +272,31 @@ def find_load(model: Model, options: argparse.Namespace, paged: str) -> dict[str
 
 
 def run_part(
-    part: str, model: Model, kernels: list[dict[str, Any]], given: argparse.Namespace
-) -> dict[str, Any]:
-    """What one part found."""
+    part: str, path: Path, model: Model, kernels: list[dict[str, Any]], given: argparse.Namespace
+) -> None:
+    """What one part finds, in its file; where that has a beginning, the rest."""
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("complete"):
+        return
+    stores = chosen(kernels, part, model, given)
+    head = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "processor",
+        "torch": torch.__version__,
+        "stores": stores,
+        "complete": False,
+    }
     if part == "agreement":
-        return agreement(model, chosen(kernels, "long"), given)
-    stores = chosen(kernels, part)
+        write(path, head | agreement(model, stores, given) | {"complete": True})
+        return
     options = options_of(part, stores, given)
-    search = None
     if part == "online":
-        search = find_load(model, options, stores["paged"])
-        options.load = (options.load or 1.0) * search["load"]
-    found = compare(model, options)
-    return found | {"stores": stores} | ({"search": search} if search else {})
+        head["search"] = known.get("search") or find_load(model, options, stores["paged"])
+        write(path, known | head)
+        options.load *= head["search"]["load"]
+    if known.get("options", plain(options)) != plain(options):
+        raise SystemExit(f"{path} is of other options than are asked for: name another folder, or remove it")
+    found = compare(model, options, known.get("results"), lambda found: write(path, head | found))
+    write(path, head | found | {"complete": True})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -262,20 +315,23 @@ def main(arguments: list[str] | None = None) -> int:
         made.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     given.out.mkdir(parents=True, exist_ok=True)
     times = given.out / "kernels.json"
-    # By itself: its memory is gone when it ends.
-    if "kernels" in parts and not given.tiny and not times.exists():
-        subprocess.run([sys.executable, kernel_times.__file__, times], check=True)
-    kernels = json.loads(times.read_text())["entries"] if times.exists() else []
-    wanted = [part for part in parts if part != "kernels" and not (given.out / f"{part}.json").exists()]
-    if wanted:
+    if not given.tiny:
+        # By themselves: their memory is gone when they end.
+        for part, script, *options in (("check", check.__file__), ("kernels", kernel_times.__file__, times)):
+            if part in parts:
+                subprocess.run([sys.executable, script, *options], check=True)
+    kernels = json.loads(times.read_text()) if times.exists() else {}
+    parts = [part for part in parts if part not in ("check", "kernels")]
+    if parts and not given.tiny and not kernels.get("complete"):
+        made.error(
+            f"{times} is not there or not complete: the part kernels says how each cache is served best"
+        )
+    if parts:
         longest = max((TINY if given.tiny else OPTIONS)[part]["longest"] for part in OPTIONS)
         model = make_model(argparse.Namespace(tiny=given.tiny, model=given.model, longest=longest))
-    for part in wanted:
+    for part in parts:
         with torch.inference_mode():
-            found = run_part(part, model, kernels, given)
-        found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "processor"
-        found["torch"] = torch.__version__
-        (given.out / f"{part}.json").write_text(json.dumps(found, indent=1))
+            run_part(part, given.out / f"{part}.json", model, kernels.get("entries", []), given)
         print(f"{part}: done", flush=True)
     report = [
         sys.executable,

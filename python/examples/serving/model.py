@@ -252,7 +252,7 @@ class Steps(NamedTuple):
         plain = cls(rotated, added, gated)
         if device.type != "cuda":
             return plain
-        return cls(*(torch.compile(step, dynamic=True) for step in plain))
+        return cls(*(torch.compile(step) for step in plain))
 
 
 def rotations(config: Config, longest: int) -> tuple[torch.Tensor, torch.Tensor]:

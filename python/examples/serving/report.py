@@ -38,7 +38,7 @@ COLUMNS: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
     ("time a token p99, ms", lambda run: 1e3 * run["tpot"].get("p99", math.nan), "{:.2f}"),
     ("mean active", lambda run: run["mean_active"], "{:.1f}"),
     ("preempted", lambda run: run["preempted"], "{:.0f}"),
-    ("allocation", lambda run: 100 * run["allocating_share"], "{:.3f} %"),
+    ("the store's calls", lambda run: 100 * run["allocating_share"], "{:.3f} %"),
     ("most memory, GiB", lambda run: run["most_held"] / 2**30, "{:.1f}"),
 ]
 
@@ -169,11 +169,13 @@ def computed(told: dict[str, Any], kernels: Runs) -> dict[str, float]:
     vattn, paged = times(ours[0]), times(theirs[0])
     if not vattn or not paged:
         return {}
-    run = sorted(theirs, key=lambda run: run["seconds"])[len(theirs) // 2]
-    seconds, (their_prefill, their_decode) = run["seconds"], paged.attention(run, layers)
+    our_seconds = statistics.median_low(run["seconds"] for run in ours)
+    seconds = statistics.median_low(run["seconds"] for run in theirs)
+    run = next(run for run in theirs if run["seconds"] == seconds)
+    their_prefill, their_decode = paged.attention(run, layers)
     our_prefill, our_decode = vattn.attention(run, layers)
     predicted = seconds - their_prefill - their_decode + our_prefill + our_decode
-    measured = seconds / middle(ours, lambda run: run["seconds"])
+    measured = seconds / our_seconds
     found = {
         "paged_seconds": seconds,
         "paged_prefill_attention": their_prefill,
@@ -188,16 +190,16 @@ def computed(told: dict[str, Any], kernels: Runs) -> dict[str, float]:
         attention = sum(vattn.prefill(new, total) * fa3_ratio(page, total) for new, total in run["prefills"])
         would = seconds - their_prefill + layers * attention / 1e6
         found[f"FA3, {page}: seconds"] = would
-        found[f"FA3, {page}: ratio"] = would / middle(ours, lambda run: run["seconds"])
+        found[f"FA3, {page}: ratio"] = would / our_seconds
     return found
 
 
 # ---- parts ----
 
 
-def part_kernels(told: dict[str, Any]) -> str:
-    """Ratios of each kernel's times to those of the contiguous ones."""
-    entries = told["entries"]
+def part_kernels(results: dict[str, Any]) -> str:
+    """Each kernel's times."""
+    entries = results["entries"]
     first = next(entry for entry in entries if entry["store"] == "vattn")
     blocks = []
     for phase in ("prefill", "decode"):
@@ -213,7 +215,13 @@ def part_kernels(told: dict[str, Any]) -> str:
         sign = " / " if phase == "prefill" else " x "
         head = [what, *(sign.join(f"{number:,}" for number in shape) for shape in shapes)]
         blocks.append(table(f"{phase}: microseconds a layer", head, rows))
-    return "".join(blocks)
+    fits = ", ".join(
+        f"{entry['choice']} {kernel_times.Times(entry).decode_error:.0%}"
+        for entry in entries
+        if entry["decode"]
+    )
+    told = "A step of decodes is told by its requests and tokens, which misses the measured times by up to: "
+    return "".join([*blocks, f"<p>{html.escape(told + fits)}.</p>"])
 
 
 def part_agreement(told: dict[str, Any]) -> str:
@@ -247,7 +255,11 @@ def part_runs(told: dict[str, Any], kernels: Runs) -> str:
         blocks.append(f"<p>Median TTFT of requests alone {alone:.3f} s; of paged by load {tried}.</p>")
     elif found := computed(told, kernels):
         rows = [[name.replace("_", " "), f"{value:.3f}"] for name, value in found.items()]
-        blocks.append(table("Computed from the kernels' times, seconds and ratios", ["", ""], rows))
+        caption = (
+            "Computed from the kernels' times, seconds and ratios. Parts of several prompts in one step count each by "
+            "itself. FlashAttention-3's own paging is by its ratios for 2,048 new tokens."
+        )
+        blocks.append(table(caption, ["", ""], rows))
     blocks += [
         drawn(bars(results), "Throughput", "", "tokens/s"),
         drawn(shares(results, "ttft", 1.0), "Time to the first token", "s", "share of requests"),
@@ -264,6 +276,9 @@ def page(folder: Path) -> str:
     kernels = told.get("kernels", {}).get("entries", [])
     sections = []
     for name, found in told.items():
+        if not any(found.get("results", {"": True}).values()):
+            # Ended before its first run.
+            continue
         if "entries" in found:
             block = part_kernels(found)
         elif "to_paged" in found:

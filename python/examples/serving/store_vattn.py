@@ -114,6 +114,7 @@ class Vattn(Slots, Pages):
 
 
 def make(shape: Shape, choice: Choice) -> Vattn:
-    # FlashAttention-3 reads whole tiles where it decodes over the batch; the others read nothing past a length.
+    # FlashAttention-3 reads whole tiles where it decodes over the batch; the others read nothing past a length. What it
+    # reads there is multiplied by zero: right where memory holds numbers, which is not looked after here.
     kernel = "fa3-decode" if choice.decode == "fa3" else None
     return Vattn(shape, layout=choice.layout, page_tokens=choice.page_tokens, kernel=kernel)
