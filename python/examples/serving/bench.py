@@ -111,11 +111,15 @@ class Server:
         self.engine = Engine(model, self.store, prefill=choice.prefill, decode=choice.decode, chunk=chunk)
 
     def warm(self, requests: list[Request]) -> None:
-        """Serves some requests that don't count."""
+        """Serves the beginnings of some requests, which don't count."""
         if self.engine.graphs:
             self.engine.prepare()
+        enough = 2 * self.engine.chunk
         self.engine.run(
-            [replace(request, answer=min(request.answer, 8), arrival=0.0) for request in fresh(requests)]
+            [
+                replace(request, prompt=request.prompt[:enough], answer=min(request.answer, 8))
+                for request in fresh(requests, arrival=0.0, forced=None)
+            ]
         )
 
     def serve(self, requests: list[Request]) -> dict[str, Any]:
