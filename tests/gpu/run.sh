@@ -40,6 +40,15 @@ note() {
     echo "$word $name ($(($(date +%s) - start)) s)" | tee -a "$out/summary.txt"
 }
 
+# The same for a command that may take so many seconds more.
+longer() {
+    more=$1
+    shift
+    limit=$((limit + more))
+    note "$@"
+    limit=$((limit - more))
+}
+
 tests() {
     for test in conformance cuda buffer model fault_sweep contents mapper_on_card soak; do
         # One after the other: they count the memory that is free.
@@ -49,9 +58,7 @@ tests() {
 
 soak() {
     seconds=${VATTN_SOAK_SECONDS:-180}
-    limit=$((limit + seconds))
-    note long-soak env VATTN_SOAK_SECONDS="$seconds" bin/soak --nocapture
-    limit=$((limit - seconds))
+    longer "$seconds" long-soak env VATTN_SOAK_SECONDS="$seconds" bin/soak --nocapture
 }
 
 # Every access of a kernel is checked; CUDA's refusals, which the tests provoke, are not reported. Kernels are
@@ -144,18 +151,14 @@ python() {
 
 huggingface() {
     installed
-    limit=$((limit + 270))
-    note huggingface python3 python/benches/hf_caches.py "$out"
-    limit=$((limit - 270))
+    longer 270 huggingface python3 python/benches/hf_caches.py "$out"
 }
 
 # FlashInfer's kernels are compiled into the folder of the bundle, where a second call finds them.
 headtohead() {
     installed
-    limit=$((limit + 270))
-    note headtohead env FLASHINFER_WORKSPACE_BASE="$PWD" python3 python/examples/serving/head_to_head.py \
+    longer 270 headtohead env FLASHINFER_WORKSPACE_BASE="$PWD" python3 python/examples/serving/head_to_head.py \
         "$out/headtohead" --traces traces ${VATTN_PARTS:+--parts "$VATTN_PARTS"}
-    limit=$((limit - 270))
 }
 
 [ $# -gt 0 ] || set -- tests soak sanitizer probe replay example bench serving creating kernels attention busy engine \

@@ -132,7 +132,7 @@ class Server:
             gc.enable()
         return summary(requests, report) | {
             "store": self.store.name,
-            "page_tokens": getattr(self.store, "page_tokens", None),
+            "page_tokens": self.store.page_tokens,
             "prefill_kernel": self.engine.prefill_name,
             "decode_kernel": self.engine.decode_name,
         }

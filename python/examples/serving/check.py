@@ -10,6 +10,7 @@ requests and replayed, as the engine does.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +18,8 @@ from dataclasses import replace
 import numpy
 import torch
 from choices import Choice
-from kernel_times import CHOICES
-from kernels import DECODE, PREFILL, ReferencePrefill
+from kernel_times import CHOICES, fill
+from kernels import DECODE, PREFILL, ReferencePrefill, captured, names
 from model import Config
 from store import Shape, Store
 
@@ -32,21 +33,13 @@ def filled(store: Store, layers: int) -> numpy.ndarray:
     """Places of random tokens, one for each of `LENGTHS`, and a hole."""
     places = [store.begin(length) for length in (*LENGTHS[:3], 500, *LENGTHS[3:])]
     store.end(places.pop(3))
-    taken = numpy.array(places, numpy.int64)
-    if not store.grow(taken, numpy.array(LENGTHS, numpy.int64)):
-        raise MemoryError(f"requests of {LENGTHS} tokens do not fit")
-    for place, length in zip(places, LENGTHS):
-        rows = torch.from_numpy(store.rows(place, numpy.arange(length))).to(store.shape.device)
-        for layer in range(layers):
-            for into in (store.keys[layer], store.values[layer]):
-                of = (length, *into.shape[1:])
-                into.index_copy_(0, rows, torch.randn(of, dtype=into.dtype, device=into.device))
-    return taken
+    return fill(store, places, LENGTHS, layers)
 
 
 def error(found: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest by the largest output; not a number where one is none."""
-    return float((found.float() - right.float()).abs().max() / right.float().abs().max())
+    """The largest by the largest output; infinite where one is no number."""
+    most = float((found.float() - right.float()).abs().max() / right.float().abs().max())
+    return math.inf if math.isnan(most) else most
 
 
 def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
@@ -62,12 +55,10 @@ def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
             return torch.randn(count, heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
 
         def compare(what: str, given: torch.Tensor, layer: int, of: torch.Tensor) -> None:
-            # A maximum would lose what is not a number.
-            found[what] = float(numpy.fmax(found[what], error(given, reference.run(layer, of))))
-            if given.isnan().any():
-                found[what] = float("inf")
+            found[what] = max(found[what], error(given, reference.run(layer, of)))
 
-        prefill = PREFILL[choice.prefill or (store.prefill if on_card else "reference")](store, heads)
+        prefill_name, decode_name = names(store, choice.prefill, choice.decode)
+        prefill = PREFILL[prefill_name](store, heads)
         new = numpy.minimum(lengths, 700)
         prefill.plan(places, new, lengths)
         reference.plan(places, new, lengths)
@@ -75,7 +66,7 @@ def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
         for layer in range(shape.layers):
             compare("prefill", prefill.run(layer, asked), layer, asked)
 
-        decode = DECODE[choice.decode or (store.decode if on_card else "reference")](store, heads, WIDTH)
+        decode = DECODE[decode_name](store, heads, WIDTH)
         asked = query(WIDTH)
 
         def planned(some: Sequence[int]) -> None:
@@ -88,14 +79,7 @@ def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
 
         if on_card:
             planned([])
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                all_layers()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = all_layers()
+            graph, outputs = captured(all_layers)
         for some in ([7, 2, 4], list(range(len(LENGTHS)))):
             planned(some)
             for layer, given in enumerate(all_layers()):

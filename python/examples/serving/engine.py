@@ -15,7 +15,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy
 import torch
-from kernels import DECODE, PREFILL
+from kernels import DECODE, PREFILL, captured, names
 from model import Model
 from sampling import Sampling, sample
 from store import Store
@@ -159,13 +159,10 @@ class Engine:
         """`chunk` is up to how many tokens prompts fill a step beside its decodes, which all take part. `on_logits` is
         shown each step's logits, a row a request, before tokens are chosen."""
         self.model, self.store, self.chunk = model, store, chunk
-        on_card = store.shape.device.type == "cuda"
-        self.prefill_name = prefill or (store.prefill if on_card else "reference")
-        self.decode_name = decode or (store.decode if on_card else "reference")
+        self.prefill_name, self.decode_name = names(store, prefill, decode)
         self.prefill = PREFILL[self.prefill_name](store, model.config.heads)
-        self.graphs = graphs and on_card
+        self.graphs = graphs and store.shape.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        self.side = torch.cuda.Stream() if self.graphs else None
         self.on_logits = on_logits
         self.batches: dict[int, Batch] = {}
         self.waiting: deque[Request] = deque()
@@ -345,8 +342,7 @@ class Engine:
         tokens, positions, rows = torch.from_numpy(numpy.concatenate(parts, axis=1)).to(device)
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.store.keys[layer].index_copy_(0, rows, key)
-            self.store.values[layer].index_copy_(0, rows, value)
+            self.store.write(layer, rows, key, value)
             after = self.prefill.run(layer, query[width:])
             return torch.cat((batch.kernel.run(layer, query[:width]), after)) if batch else after
 
@@ -361,7 +357,7 @@ class Engine:
             self.batches[width] = Batch(self.model, self.store, self.decode_name, width)
         batch = self.batches[width]
         if captured and self.graphs and batch.graph is None:
-            batch.capture(self.pool, self.side)
+            batch.capture(self.pool)
         return batch
 
 
@@ -409,17 +405,10 @@ class Batch:
         return self.model.forward(self.tokens, self.positions, None, self.attend)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self.store.keys[layer].index_copy_(0, self.rows, key)
-        self.store.values[layer].index_copy_(0, self.rows, value)
+        self.store.write(layer, self.rows, key, value)
         return self.kernel.run(layer, query)
 
-    def capture(self, pool: tuple[int, int] | None, side: torch.cuda.Stream | None) -> None:
-        """Records a pass into a graph, after one beside it. All entries are padding meanwhile."""
+    def capture(self, pool: tuple[int, int] | None) -> None:
+        """Records a pass into a graph. All entries are padding meanwhile."""
         self.fill(Decoding())
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.compute()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.logits = self.compute()
+        self.graph, self.logits = captured(self.compute, pool)

@@ -19,7 +19,7 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy
 import torch
 from bench import write
 from choices import Choice
-from kernels import DECODE, PREFILL, Decode, Prefill
+from kernels import DECODE, PREFILL, Decode, Prefill, captured, names
 from model import Config
 from store import Shape, Store
 
@@ -56,14 +56,7 @@ def timed(kernel: Prefill | Decode, query: torch.Tensor) -> float:
         for layer in range(LAYERS):
             kernel.run(layer, query)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = captured(run)
     found: list[float] = []
     graph.replay()
     while len(found) < 5 or len(found) < 25 and sum(found) < 20_000:
@@ -76,26 +69,25 @@ def timed(kernel: Prefill | Decode, query: torch.Tensor) -> float:
     return statistics.median(found) / LAYERS
 
 
-def fill(store: Store, places: Sequence[int], tokens: int) -> numpy.ndarray:
-    """Requests of so many random tokens at these places."""
-    taken = numpy.array(places, numpy.int64)
-    if not store.grow(taken, numpy.full(len(places), tokens, numpy.int64)):
-        raise MemoryError(f"{len(places)} requests of {tokens} tokens do not fit; raise the budget")
-    for place in places:
-        rows = torch.from_numpy(store.rows(place, numpy.arange(tokens))).to(store.shape.device)
-        for layer in range(LAYERS):
-            for into in (store.keys[layer], store.values[layer]):
-                of = (tokens, *into.shape[1:])
-                into.index_copy_(0, rows, torch.randn(of, dtype=into.dtype, device=into.device))
+def fill(store: Store, places: Sequence[int], lengths: Sequence[int], layers: int) -> numpy.ndarray:
+    """Requests of so many random tokens, in so many of the layers, at these places."""
+    taken, shape = numpy.array(places, numpy.int64), store.shape
+    if not store.grow(taken, numpy.array(lengths, numpy.int64)):
+        raise MemoryError(f"{len(places)} requests of {sum(lengths)} tokens do not fit; raise the budget")
+    for place, length in zip(places, lengths):
+        rows = torch.from_numpy(store.rows(place, numpy.arange(length))).to(shape.device)
+        of = (2, length, shape.kv_heads, shape.head_dim)
+        for layer in range(layers):
+            store.write(layer, rows, *torch.randn(of, dtype=shape.dtype, device=shape.device))
     return taken
 
 
 def prefill_times(store: Store, choice: Choice, heads: int) -> list[dict[str, Any]]:
     """Microseconds a layer, for one request."""
-    kernel = PREFILL[choice.prefill or store.prefill](store, heads)
+    kernel = PREFILL[names(store, choice.prefill)[0]](store, heads)
     shape = store.shape
     place = store.begin(max(TOTAL))
-    places = fill(store, [place], max(TOTAL))
+    places = fill(store, [place], [max(TOTAL)], LAYERS)
     found = []
     for new, total in itertools.product(NEW, TOTAL):
         if new > total:
@@ -113,8 +105,8 @@ def decode_times(store: Store, choice: Choice, heads: int) -> list[dict[str, Any
     shape, found = store.shape, []
     for count, tokens in DECODES:
         begun = [store.begin(tokens) for _ in range(count)]
-        places = fill(store, begun, tokens)
-        kernel = DECODE[choice.decode or store.decode](store, heads, count)
+        places = fill(store, begun, [tokens] * count, LAYERS)
+        kernel = DECODE[names(store, decode=choice.decode)[1]](store, heads, count)
         kernel.plan(places, numpy.full(count, tokens))
         query = torch.randn(count, heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
         taken = timed(kernel, query)
@@ -148,12 +140,13 @@ def measured(text: str, config: Config, budget: int, known: Sequence[dict[str, A
     )
     store = choice.open(shape)
     shuffle(store)
+    prefill, decode = names(store, choice.prefill, choice.decode)
     entry: dict[str, Any] = {
         "choice": text,
         "store": choice.store,
-        "page_tokens": getattr(store, "page_tokens", None),
-        "prefill_kernel": choice.prefill or store.prefill,
-        "decode_kernel": choice.decode or store.decode,
+        "page_tokens": store.page_tokens,
+        "prefill_kernel": prefill,
+        "decode_kernel": decode,
         "prefill": prefill_times(store, choice, config.heads),
     }
     same = ("store", "page_tokens", "decode_kernel")
@@ -178,7 +171,6 @@ class Times:
     """Times of one store with its kernels."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
-        self.entry = entry
         self.grid = {(each["new"], each["total"]): each["us"] for each in entry["prefill"]}
         # A step of decodes costs something by itself, by request, and by token that it reads.
         measured = entry["decode"]
@@ -200,15 +192,11 @@ class Times:
 
     def rate(self, new: int, total: int) -> float:
         """Pairs of a new token and one that it sees, a microsecond: bilinear in the logarithms."""
-        below, above, share = between(NEW, new)
-        return (1 - share) * self._rate(below, total) + share * self._rate(above, total)
+        return interpolated(NEW, new, lambda known: self._rate(known, total))
 
     def _rate(self, new: int, total: int) -> float:
         totals = sorted(known for count, known in self.grid if count == new)
-        below, above, share = between(totals, total)
-        return (1 - share) * work(new, below) / self.grid[new, below] + share * work(new, above) / self.grid[
-            new, above
-        ]
+        return interpolated(totals, total, lambda known: work(new, known) / self.grid[new, known])
 
     def decode(self, steps: int, requests: int, tokens: int) -> float:
         """Microseconds a layer of so many steps, with so many requests and tokens in all of them together."""
@@ -227,22 +215,26 @@ def work(new: int, total: int) -> float:
     return new * (total - (new - 1) / 2)
 
 
-def between(known: Sequence[int], wanted: int) -> tuple[int, int, float]:
-    """The neighbours of a number among those known, and how far it is from the first to the second; the ends serve
-    for what lies beyond them."""
+def interpolated(known: Sequence[int], wanted: int, of: Callable[[int], float]) -> float:
+    """What a function would be for a number, from its values at the neighbours among those known: linear in the
+    logarithm. The ends serve for what lies beyond them."""
     wanted = min(max(wanted, known[0]), known[-1])
-    above = next(number for number in known if number >= wanted)
-    below = max((number for number in known if number <= wanted), default=above)
-    return below, above, math.log(wanted / below) / math.log(above / below) if above > below else 0.0
+    below = max(number for number in known if number <= wanted)
+    above = min(number for number in known if number >= wanted)
+    if below == above:
+        return of(below)
+    share = math.log(wanted / below) / math.log(above / below)
+    return (1 - share) * of(below) + share * of(above)
 
 
-def find(
-    entries: Sequence[dict[str, Any]], store: str, page_tokens: int | None, prefill: str, decode: str
-) -> Times | None:
-    """The times of a store with these pages and kernels."""
-    names = {"store": store, "page_tokens": page_tokens, "prefill_kernel": prefill, "decode_kernel": decode}
+NAMES = ("store", "page_tokens", "prefill_kernel", "decode_kernel")
+"""What says which kernels an entry, or a run, is of."""
+
+
+def find(entries: Sequence[dict[str, Any]], run: dict[str, Any]) -> Times | None:
+    """The times of the store, pages and kernels that a run had."""
     for entry in entries:
-        if all(entry[what] == name for what, name in names.items()):
+        if all(entry[name] == run[name] for name in NAMES):
             return Times(entry)
     return None
 
@@ -251,10 +243,11 @@ def best(entries: Sequence[dict[str, Any]], store: str, runs: Sequence[dict[str,
     """The choice of pages and kernels with which attention takes a store the least time in these runs."""
 
     def cost(entry: dict[str, Any]) -> float:
-        return sum(sum(Times(entry).attention(run, layers)) for run in runs)
+        times = Times(entry)
+        return sum(sum(times.attention(run, layers)) for run in runs)
 
     entry = min((entry for entry in entries if entry["store"] == store), key=cost)
-    return f"{store}:{entry['page_tokens']}:{entry['prefill_kernel']}:{entry['decode_kernel']}"
+    return str(Choice(*(entry[name] for name in NAMES)))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import TypeVar
 
 import numpy
 import torch
 from store import Pages, Slots, Store
 from torch.nn import functional
+
+T = TypeVar("T")
 
 WORKSPACE = 256 << 20
 """Bytes of scratch memory for FlashInfer; its authors recommend 128 MiB at the least."""
@@ -29,6 +32,25 @@ def workspace(device: torch.device) -> torch.Tensor:
     if device not in _workspaces:
         _workspaces[device] = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
     return _workspaces[device]
+
+
+@cache
+def beside() -> torch.cuda.Stream:
+    """A stream for what runs once before it is captured."""
+    return torch.cuda.Stream()
+
+
+def captured(run: Callable[[], T], pool: tuple[int, int] | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what is launched, and what that returned. It runs once before, so that nothing is compiled while it is
+    captured."""
+    beside().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside()):
+        run()
+    torch.cuda.current_stream().wait_stream(beside())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = run()
+    return graph, output
 
 
 class Decode(ABC):
@@ -232,3 +254,10 @@ DECODE: dict[str, Callable[..., Decode]] = {
     "fa3": Fa3Decode,
     "flashinfer": FlashInferDecode,
 }
+
+
+def names(store: Store, prefill: str | None = None, decode: str | None = None) -> tuple[str, str]:
+    """The kernels of prefill and decode: those named, else the store's own, on the processor the reference."""
+    on_card = store.shape.device.type == "cuda"
+    own = (store.prefill, store.decode) if on_card else ("reference", "reference")
+    return prefill or own[0], decode or own[1]

@@ -146,10 +146,8 @@ def over_time(results: dict[str, Runs], column: int, scale: float) -> Callable[[
 def fa3_ratio(page: str, total: int) -> float:
     """FlashAttention-3 by its own paged kernel against itself over our view, for 2,048 new tokens."""
     known = sorted(FA3_PAGED[page])
-    below, above, share = kernel_times.between(known, total)
     paged, view = (
-        (1 - share) * FA3_PAGED[what][below] + share * FA3_PAGED[what][above]
-        for what in (page, "sliced view")
+        kernel_times.interpolated(known, total, FA3_PAGED[what].__getitem__) for what in (page, "sliced view")
     )
     return paged / view
 
@@ -162,11 +160,7 @@ def computed(told: dict[str, Any], kernels: Runs) -> dict[str, float]:
     if not ours or not theirs:
         return {}
 
-    def times(run: dict[str, Any]) -> kernel_times.Times | None:
-        names = (run["store"], run["page_tokens"], run["prefill_kernel"], run["decode_kernel"])
-        return kernel_times.find(kernels, *names)
-
-    vattn, paged = times(ours[0]), times(theirs[0])
+    vattn, paged = kernel_times.find(kernels, ours[0]), kernel_times.find(kernels, theirs[0])
     if not vattn or not paged:
         return {}
     our_seconds = statistics.median_low(run["seconds"] for run in ours)

@@ -13,9 +13,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy
 import torch
+
+Count = TypeVar("Count", int, numpy.ndarray)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Store(ABC):
     keys: list[torch.Tensor]
     """For each layer the keys as one row of tokens, `[row, kv_heads, dim]`."""
     values: list[torch.Tensor]
+    page_tokens: int | None = None
+    """Tokens of a page, where there are pages."""
     spare_row: int
     """A row that is nobody's: padded entries of a batch write there."""
 
@@ -74,6 +79,11 @@ class Store(ABC):
     @abstractmethod
     def rows(self, places: numpy.ndarray | int, positions: numpy.ndarray) -> numpy.ndarray:
         """The rows of the tokens at these positions, of one place or of as many as there are positions."""
+
+    def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keeps a layer's keys and values, `[n, kv_heads, dim]`, at these rows."""
+        self.keys[layer].index_copy_(0, rows, keys)
+        self.values[layer].index_copy_(0, rows, values)
 
     @abstractmethod
     def held(self) -> int:
@@ -107,12 +117,16 @@ class Pages(Store):
     tables: numpy.ndarray
     """For each place its pages in order, int32 `[place, page]`."""
 
+    def needed(self, tokens: Count) -> Count:
+        """How many pages so many tokens take."""
+        return -(-tokens // self.page_tokens)
+
     def listed(self, places: numpy.ndarray, totals: numpy.ndarray, width: int) -> tuple[torch.Tensor, ...]:
         """The pages of so many tokens of each place, as FlashInfer takes them: where each one's begin, the pages
         of all one after another, and how many tokens the last page of each has. Entries up to `width` read one
         token of the spare page."""
         count = len(places)
-        pages = -(-totals // self.page_tokens)
+        pages = self.needed(totals)
         begins = numpy.empty(width + 1, numpy.int32)
         begins[0] = 0
         numpy.cumsum(pages, out=begins[1 : count + 1])

@@ -35,14 +35,10 @@ class Paged(Pages):
         self.spare_page = 0
         self.spare_row = 0
         self.free = list(range(count - 1, 0, -1))
-        self.tables = numpy.zeros((shape.most, -(-shape.longest // page_tokens)), numpy.int32)
+        self.tables = numpy.zeros((shape.most, self.needed(shape.longest)), numpy.int32)
         # How many pages each place has, and the places that nobody has.
         self.counts = numpy.zeros(shape.most, numpy.int64)
         self.places = list(range(shape.most - 1, -1, -1))
-
-    def needed(self, tokens: int) -> int:
-        """How many pages so many tokens take."""
-        return -(-tokens // self.page_tokens)
 
     def admits(self, prompts: Sequence[int]) -> int:
         left = len(self.free)
@@ -56,7 +52,7 @@ class Paged(Pages):
         return self.places.pop()
 
     def grow(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
-        more = -(-totals // self.page_tokens) - self.counts[places]
+        more = self.needed(totals) - self.counts[places]
         some = numpy.flatnonzero(more > 0)
         if int(more[some].sum()) > len(self.free):
             return False
