@@ -132,9 +132,8 @@ engine() {
 # The package as a user installs it, with the wheels that lie beside it.
 installed() {
     site=$PWD/site
-    [ ! -e "$site" ] || return 0
-    note python-install python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target "$site" wheels/*.whl
+    [ -e "$site" ] || note python-install python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --upgrade --target "$site" wheels/*.whl
     PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
     export PYTHONPATH
 }
