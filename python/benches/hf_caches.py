@@ -12,10 +12,11 @@ Asked for each shape, rows x (prompt + new tokens):
 1. **Steps.** What is a decode step, at the end of an answer, when most is cached? Caches are filled
    with random states up to the last `--steps` tokens, and `generate` goes on from there. A step is the time from one
    token in the streamer's hands to the next, so with everything that `generate` does, the wait for the token
-   included. Rounds are interleaved: each has all caches, in orders in which each cache comes after each other
-   one equally often: what was freed just before still costs the driver time. A round's figure is the median of its
-   steps; a ratio is to the fastest of transformers' caches in the same round; of the ratios the median is told.
-   A first round is not counted: cuDNN, which SDPA may choose, makes a plan for every length that it has not seen.
+   included. All caches live side by side and take turns, of half a second, in all orders; after a turn its tokens are
+   taken away again. Turns are short since a host's speed may change by a half from one ten seconds to the next. A
+   turn's figure is the median of its steps; a ratio is to the fastest of transformers' caches in the same round; of
+   the ratios the median is told. A first turn is not counted: cuDNN, which SDPA may choose, makes a plan for every
+   length that it has not seen. `static x4`, which would leave no room for the others, comes after them.
 2. **Bytes.** A whole answer from a random prompt through VattnCache, and through DynamicCache: the most bytes
    held while decoding against those of the live tokens.
 3. **Tokens.** In the second of those answers each token is forced to be the first's, so that every position is
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -66,8 +68,9 @@ TINY = {
     "vocab_size": 97,
     "max_position_embeddings": 4096,
 }
-#: In what order a round has the caches: in four rounds each comes after each other one once (Williams 1949).
-ORDERS = ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
+#: The caches that take turns, and the one that comes after them.
+KINDS = ("vattn", "dynamic", "static")
+LARGE = "static x4"
 #: Steps at the beginning of a round that are not counted.
 WARM = 2
 #: Tokens that are answered once more with another kernel.
@@ -169,63 +172,83 @@ def fill(cache: Any, model: Any, rows: int, tokens: int) -> None:
             cache.update(keys, values, layer)
 
 
-@torch.inference_mode()
-def one_round(
-    kind: str, model: Any, shape: tuple[int, int, int], steps: int, compiled: bool = False
-) -> dict[str, Any]:
-    """The last `steps` tokens of an answer."""
-    rows, prompt, new = shape
-    device, whole = model.device, prompt + new
-    settle(device)
-    start, live = held(device), rows * (whole - 1) * token_bytes(model)
-    cache = make_cache(kind, model, whole)
-    fill(cache, model, rows, whole - steps - 1)
-    ids = torch.randint(3, model.config.vocab_size, (rows, whole - steps), device=device)
-    clock = Clock()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=steps,
-        do_sample=False,
-        streamer=clock,
-        disable_compile=not compiled,
-    )
-    times = clock.steps()
-    result = {
-        "kind": kind,
-        "step_ms": statistics.median(times),
-        "p90_ms": statistics.quantiles(times, n=10)[-1] if len(times) > 1 else times[0],
-        "steps": len(times),
-        "live_bytes": live,
-        "device_bytes": held(device) - start,
-        "torch_peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-        "cache_bytes": cache.bytes_held() if kind == "vattn" else None,
-    }
-    if kind == "vattn":
-        cache.close()
-    return result
+class Contender:
+    """A cache that is filled up to the last `steps` tokens of an answer, and has answered them once."""
+
+    def __init__(
+        self, kind: str, model: Any, shape: tuple[int, int, int], steps: int, compiled: bool = False
+    ) -> None:
+        rows, prompt, new = shape
+        device, whole = model.device, prompt + new
+        settle(device)
+        start = held(device)
+        self.kind, self.model, self.steps, self.compiled = kind, model, steps, compiled
+        self.cache = make_cache(kind, model, whole)
+        fill(self.cache, model, rows, whole - steps - 1)
+        self.ids = torch.randint(3, model.config.vocab_size, (rows, whole - steps), device=device)
+        self.first = self.turn() | {
+            "live_bytes": rows * (whole - 1) * token_bytes(model),
+            "device_bytes": held(device) - start,
+            "cache_bytes": self.cache.bytes_held() if kind == "vattn" else None,
+        }
+
+    @torch.inference_mode()
+    def turn(self) -> dict[str, Any]:
+        """The last tokens, which are taken away again."""
+        clock = Clock()
+        self.model.generate(
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            past_key_values=self.cache,
+            max_new_tokens=self.steps,
+            do_sample=False,
+            streamer=clock,
+            disable_compile=not self.compiled,
+        )
+        if isinstance(self.cache, StaticCache):
+            for layer in self.cache.layers:
+                layer.cumulative_length.sub_(self.steps)
+        else:
+            self.cache.crop(-self.steps)
+        assert int(self.cache.get_seq_length()) == self.ids.shape[1] - 1
+        times = clock.steps()
+        return {
+            "step_ms": statistics.median(times),
+            "p90_ms": statistics.quantiles(times, n=10)[-1] if len(times) > 1 else times[0],
+            "steps": len(times),
+        }
+
+    def close(self) -> None:
+        if self.kind == "vattn":
+            self.cache.close()
+        del self.cache
 
 
 def time_steps(model: Any, shape: tuple[int, int, int], rounds: int, steps: int) -> dict[str, Any]:
-    kinds = ["vattn", "dynamic", "static", "static x4"]
-    first = {kind: one_round(kind, model, shape, steps) for kind in kinds}
+    contenders = {kind: Contender(kind, model, shape, steps) for kind in KINDS}
+    first = {kind: contender.first for kind, contender in contenders.items()}
+    settle(model.device)
+    orders = list(itertools.permutations(KINDS))
     results = []
     for turn in range(rounds):
-        order = [kinds[place] for place in ORDERS[turn % len(ORDERS)]]
-        results.append({kind: one_round(kind, model, shape, steps) for kind in order})
-    ratios: dict[str, Any] = {}
-    for kind in kinds:
-        ratios[kind] = statistics.median(
-            each[kind]["step_ms"] / min(each[other]["step_ms"] for other in kinds[1:]) for each in results
-        )
+        results.append({kind: contenders[kind].turn() for kind in orders[turn % len(orders)]})
+    for contender in contenders.values():
+        contender.close()
+    del contender
+    large = Contender(LARGE, model, shape, steps)
+    first[LARGE], last = large.first, large.turn()
+    large.close()
+    step_ms = {kind: statistics.median(each[kind]["step_ms"] for each in results) for kind in KINDS}
+    ratios = [
+        each["vattn"]["step_ms"] / min(each[other]["step_ms"] for other in KINDS[1:]) for each in results
+    ]
     return {
         "first": first,
         "rounds": results,
-        "step_ms": {kind: statistics.median(each[kind]["step_ms"] for each in results) for kind in kinds},
-        "ratio_to_fastest_of_others": ratios,
+        "large": last,
+        "step_ms": step_ms | {LARGE: last["step_ms"]},
+        "ratios_to_fastest_of_others": ratios,
+        "ratio_to_fastest_of_others": statistics.median(ratios),
     }
 
 
@@ -320,7 +343,7 @@ def compare(theirs: Best, ours: Best, noise: float) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{report['device']}, PyTorch {report['torch']}, transformers {report['transformers']}, vattn {report['vattn']}; "
-        f"Llama-3-8B's shape, random weights, bf16, SDPA, eager; {report['rounds']} interleaved rounds of {report['steps']} steps.",
+        f"Llama-3-8B's shape, random weights, bf16, SDPA, eager; {report['rounds']} interleaved rounds of {report['steps']} tokens.",
         "",
         "| rows x (prompt + new) | vattn | dynamic | static | static x4 | vattn to the fastest other | at lengths never "
         "seen: vattn | dynamic |",
@@ -328,11 +351,11 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for shape in report["shapes"]:
         steps = shape["timing"]["step_ms"]
-        cells = " | ".join(f"{steps[kind]:.2f} ms" for kind in ("vattn", "dynamic", "static", "static x4"))
+        cells = " | ".join(f"{steps[kind]:.2f} ms" for kind in (*KINDS, LARGE))
         first = " | ".join(
             f"{shape['timing']['first'][kind]['step_ms']:.2f} ms" for kind in ("vattn", "dynamic")
         )
-        ratio = shape["timing"]["ratio_to_fastest_of_others"]["vattn"]
+        ratio = shape["timing"]["ratio_to_fastest_of_others"]
         lines.append(f"| {shape['name']} | {cells} | {ratio:.3f} | {first} |")
     answered = [shape for shape in report["shapes"] if shape["answers"]]
     if not answered:
@@ -343,11 +366,8 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for shape in answered:
-        answer, last = shape["answers"]["vattn"], shape["timing"]["rounds"][-1]
-        cells = " | ".join(
-            f"{last[kind]['device_bytes'] / 1e9:.2f} GB"
-            for kind in ("vattn", "dynamic", "static", "static x4")
-        )
+        answer, first = shape["answers"]["vattn"], shape["timing"]["first"]
+        cells = " | ".join(f"{first[kind]['device_bytes'] / 1e9:.2f} GB" for kind in (*KINDS, LARGE))
         lines.append(
             f"| {shape['name']} | {answer['live_bytes'] / 1e9:.3f} GB | {answer['peak_cache_bytes'] / 1e9:.3f} GB | "
             f"{answer['peak_to_live']:.3f} | {cells} |"
@@ -378,8 +398,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder for hf_caches.json and hf_caches.md")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and tiny shapes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=32, help="decode steps of a round")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=20, help="tokens of a turn")
     parser.add_argument("--shape", action="append", help="rows,prompt,new; several times for several")
     parser.add_argument(
         "--steps-only", action="store_true", help="no whole answers: neither bytes nor tokens"
@@ -421,7 +441,7 @@ def main() -> None:
         write(options.out, report)
     if options.compiled:
         try:
-            compiled = one_round("static", model, shapes[0], steps, compiled=True)
+            compiled = Contender("static", model, shapes[0], steps, compiled=True).turn()
             text = f"{compiled['step_ms']:.2f} ms a step"
         except Exception as error:  # whatever a compiler may fail with
             text = f"does not run: {type(error).__name__}: {str(error).splitlines()[0]}"
