@@ -150,7 +150,7 @@ python() {
 
 huggingface() {
     installed
-    longer 270 huggingface python3 python/benches/hf_caches.py "$out"
+    longer 270 huggingface python3 python/benches/hf_caches.py "$out" --compiled
 }
 
 # FlashInfer's kernels are compiled into the folder of the bundle, where a second call finds them.

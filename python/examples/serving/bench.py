@@ -80,7 +80,11 @@ def summary(requests: list[Request], report: Report) -> dict[str, Any]:
         "steps": report.steps,
         "graphed_steps": report.graphed,
         "preempted": report.preempted,
-        "allocating_share": report.allocating / report.seconds,
+        "allocating_share": sum(map(sum, report.calls.values())) / report.seconds,
+        "store_calls": {
+            name: {"calls": len(took), "seconds": sum(took)} | quantiles(took)
+            for name, took in report.calls.items()
+        },
         "mean_active": mean_active(report),
         "most_held": max((moment.held for moment in report.moments), default=0),
         "samples": {

@@ -132,8 +132,8 @@ class Report:
     graphed: int = 0
     """Steps that were replayed from a graph."""
     preempted: int = 0
-    allocating: float = 0.0
-    """Seconds in the store's calls: admission, growth, release."""
+    calls: dict[str, list[float]] = field(default_factory=dict)
+    """Of each of the store's calls the seconds that it took, every time."""
     moments: list[Moment] = field(default_factory=list)
     """After each step."""
     prefills: list[tuple[int, int]] = field(default_factory=list)
@@ -246,7 +246,8 @@ class Engine:
         try:
             return call(*args, **options)
         finally:
-            self.report.allocating += time.perf_counter() - began
+            took = time.perf_counter() - began
+            self.report.calls.setdefault(call.__name__, []).append(took)
 
     def choose(self) -> Chunk:
         """Which parts of prompts are computed beside the decodes; memory is there for all of it afterwards."""

@@ -66,7 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "decode": {
         "trace": "sync_vs_async.csv",
-        "limit": 200,
+        "limit": 128,
         "longest": 3072,
         "most": 64,
         "budget": 48,
