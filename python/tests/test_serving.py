@@ -24,7 +24,7 @@ import check
 import head_to_head
 import kernel_times
 import kernels
-from bench import fresh
+from bench import fresh, summary
 from choices import Choice
 from engine import Engine, Request
 from model import Config, Model
@@ -116,8 +116,8 @@ def test_a_request_that_can_never_fit_is_refused(model: Model) -> None:
 def test_top_p_draws_from_the_likeliest_tokens_alone() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]] * 200))
     drawn = sample(logits, [Sampling(temperature=1.0, top_p=0.7)] * 200)
-    assert set(drawn) == {0, 1}
-    assert set(sample(logits, [Sampling()] * 200)) == {0}
+    assert set(drawn.tolist()) == {0, 1}
+    assert set(sample(logits, [Sampling()] * 200).tolist()) == {0}
     with pytest.raises(ValueError, match="top_p is 0"):
         Sampling(1.0, 0.0)
 
@@ -272,6 +272,84 @@ def test_any_schedule_answers_what_requests_get_alone(seed: int, model: Model) -
     assert [request.tokens for request in asked] == right
 
 
+class Noting(Paged):
+    """Keeps what it was asked for."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, page_tokens=1)
+        self.asked: list[Any] = []
+
+    def grow(self, places: Any, totals: Any) -> bool:
+        self.asked.append((places.tolist(), totals.tolist()))
+        return super().grow(places, totals)
+
+    def end(self, place: int) -> None:
+        self.asked.append(place)
+        super().end(place)
+
+
+class Watched(Engine):
+    """Knows when it looks ahead, and takes the device to be busy then."""
+
+    looking = False
+
+    def look_ahead(self, chunk: Any) -> None:
+        self.looking = True
+        super().look_ahead(chunk)
+        self.looking = False
+
+    def busy(self) -> bool:
+        return self.looking
+
+
+def test_memory_is_asked_for_ahead_and_once(model: Model) -> None:
+    """For a prompt of ten tokens in parts of four, and an answer of five, whose last token is never kept."""
+    store = Noting(shape(100))
+    report = Watched(model, store, chunk=4).run([Request([3] * 10, 5)])
+    place = store.asked[-1]
+    assert store.asked == [*(([place], [count]) for count in (4, 8, 10, 11, 12, 13, 14)), place]
+    # Of what was asked for, the device waited for the first part and the end after the last step.
+    waited = [call.name for call in report.calls if not call.beside]
+    assert waited[:3] == ["admits", "begin", "grow"] and waited[-1] == "end"
+    assert sum(call.beside for call in report.calls) >= 6
+    found = summary([Request([3] * 10, 5, tokens=[1] * 5, times=[0.1] * 5)], report)
+    spent = sum(call.seconds for call in report.calls)
+    assert found["allocating_share"] + found["allocating_beside_share"] == pytest.approx(
+        spent / report.seconds
+    )
+    assert 0 < found["allocating_beside_share"] < 1
+    assert found["store_calls"]["end"]["calls"] == 1
+
+
+def test_who_comes_while_the_device_computes_begins_with_the_next_step(model: Model) -> None:
+    """The device is busy until all have come."""
+
+    class Waiting(Watched):
+        def busy(self) -> bool:
+            return self.looking and bool(self.coming)
+
+    asked = [Request([5] * 3, 4), Request([7] * 4, 2, arrival=0.02)]
+    report = Waiting(model, Paged(shape(400)), chunk=64).run(asked)
+    assert report.prefills == [(3, 3), (4, 4)] and report.steps == 4
+
+
+def test_a_step_is_planned_beside_the_one_before_it_unless_something_comes_between(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[tuple[list[int], bool]] = []
+
+    class NotingDecode(kernels.ReferenceDecode):
+        def plan(self, places: Any, totals: Any) -> None:
+            planned.append((totals.tolist(), engine.looking))
+            super().plan(places, totals)
+
+    monkeypatch.setitem(kernels.DECODE, "noting", NotingDecode)
+    engine = Watched(model, Paged(shape(400)), decode="noting", chunk=8)
+    engine.run([Request([5] * 3, 3), Request([7] * 4, 5)])
+    # The prompts' step shows who decodes; one ends after its third token; the other goes on.
+    assert planned == [([4, 5], False), ([5, 6], True), ([7], False), ([8], True)]
+
+
 class WrongDecode(kernels.ReferenceDecode):
     """Misses the newest token."""
 
@@ -279,15 +357,12 @@ class WrongDecode(kernels.ReferenceDecode):
         super().plan(places, (totals - 1).clip(1))
 
 
-def test_every_kernel_is_checked_over_every_store() -> None:
+def test_every_kernel_is_checked_over_every_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reference kernels on the processor, whose error against themselves is none; a wrong one is found."""
     of = replace(shape(0), budget=64 << 20, longest=4096, most=check.WIDTH)
     for name in ("vattn", "paged:64", "static"):
         choice = replace(Choice.read(name), prefill="reference", decode="reference")
         assert max(check.errors(choice, of, CONFIG.heads).values()) == 0
-    kernels.DECODE["wrong"] = WrongDecode
-    try:
-        found = check.errors(Choice("paged", decode="wrong"), of, CONFIG.heads)
-    finally:
-        del kernels.DECODE["wrong"]
+    monkeypatch.setitem(kernels.DECODE, "wrong", WrongDecode)
+    found = check.errors(Choice("paged", decode="wrong"), of, CONFIG.heads)
     assert found["prefill"] == 0 and found["decode"] > check.BOUND

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import workload
 from choices import Choice
-from engine import Engine, Report, Request
+from engine import Call, Engine, Report, Request
 from model import Config, Model
-from store import Shape
+from store import Shape, forget
 
 
 def quantiles(numbers: list[float]) -> dict[str, float]:
@@ -62,6 +62,19 @@ def mean_active(report: Report) -> float:
     return sum(span * moment.active for span, moment in spans) / seconds if seconds else 0.0
 
 
+def spent(calls: Iterable[Call], beside: bool) -> float:
+    """Seconds in the store's calls that ended while the device computed; or in the others, which it waited for."""
+    return sum(call.seconds for call in calls if call.beside is beside)
+
+
+def by_name(calls: Iterable[Call]) -> dict[str, list[Call]]:
+    """Each of the store's calls with all the times that it was made."""
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        found.setdefault(call.name, []).append(call)
+    return found
+
+
 def summary(requests: list[Request], report: Report) -> dict[str, Any]:
     """A run in numbers: seconds, tokens a second, time to the first token and for each further one."""
     ttft = [first_token(request) for request in requests]
@@ -80,10 +93,16 @@ def summary(requests: list[Request], report: Report) -> dict[str, Any]:
         "steps": report.steps,
         "graphed_steps": report.graphed,
         "preempted": report.preempted,
-        "allocating_share": sum(map(sum, report.calls.values())) / report.seconds,
+        "allocating_share": spent(report.calls, beside=False) / report.seconds,
+        "allocating_beside_share": spent(report.calls, beside=True) / report.seconds,
         "store_calls": {
-            name: {"calls": len(took), "seconds": sum(took)} | quantiles(took)
-            for name, took in report.calls.items()
+            name: {
+                "calls": len(calls),
+                "seconds_waited_for": spent(calls, beside=False),
+                "seconds_beside": spent(calls, beside=True),
+            }
+            | quantiles([call.seconds for call in calls])
+            for name, calls in by_name(report.calls).items()
         },
         "mean_active": mean_active(report),
         "most_held": max((moment.held for moment in report.moments), default=0),
@@ -146,9 +165,7 @@ class Server:
         device = self.store.shape.device
         self.store.close()
         del self.store, self.engine
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget(device)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,8 +1,9 @@
 """Continuous batching: which requests are worked on in each step, and the step itself.
 
 Each step takes every request whose prompt is done by one token, and fills up with prompts in chunks until
-`chunk` tokens are reached. A step of decodes alone is replayed from a CUDA graph. A request that can't grow is
-helped by ending the youngest one, which is computed anew later (preemption by recompute).
+`chunk` tokens are reached. A step of decodes alone is replayed from a CUDA graph. While the device computes a step,
+the host sees to the memory of the next one and lets in who comes meanwhile. A request that can't grow is helped by
+ending the youngest one, which is computed anew later (preemption by recompute).
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class Request:
         return len(self.prompt) + len(self.tokens)
 
     @property
+    def most(self) -> int:
+        """Its tokens in all once its answer is as long as it may become."""
+        return len(self.prompt) + self.answer
+
+    @property
     def done(self) -> bool:
         return len(self.tokens) >= self.answer or bool(self.tokens) and self.tokens[-1] == self.stop
 
@@ -70,16 +76,20 @@ class Request:
 class Decoding:
     """The requests that get a token a step, in the order in which they came to it, and their numbers as arrays."""
 
+    planned: Batch | None = None
+    """What the next step's kernels are planned in already, if that step is for these and nothing else."""
+
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.places = self.kept = numpy.empty(0, numpy.int64)
+        self.places = self.kept = self.most = numpy.empty(0, numpy.int64)
 
     def replace(self, requests: list[Request]) -> None:
         """These from now on."""
-        self.requests = requests
+        self.requests, self.planned = requests, None
         self.places = numpy.array([request.place for request in requests], numpy.int64)
         # The last token has no keys and values yet.
         self.kept = numpy.array([request.total - 1 for request in requests], numpy.int64)
+        self.most = numpy.array([request.most for request in requests], numpy.int64)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -123,6 +133,15 @@ class Moment(NamedTuple):
     """Bytes that the store holds."""
 
 
+class Call(NamedTuple):
+    """One of the store's calls."""
+
+    name: str
+    seconds: float
+    beside: bool
+    """Whether the device was still computing when it ended, so that nobody waited for it."""
+
+
 @dataclass
 class Report:
     """What a run came to."""
@@ -132,8 +151,8 @@ class Report:
     graphed: int = 0
     """Steps that were replayed from a graph."""
     preempted: int = 0
-    calls: dict[str, list[float]] = field(default_factory=dict)
-    """Of each of the store's calls the seconds that it took, every time."""
+    calls: list[Call] = field(default_factory=list)
+    """The store's: admission, growth, release."""
     moments: list[Moment] = field(default_factory=list)
     """After each step."""
     prefills: list[tuple[int, int]] = field(default_factory=list)
@@ -171,6 +190,15 @@ class Engine:
         #: Those of them whose prompt is not done yet; and the others.
         self.filling: list[Request] = []
         self.decoding = Decoding()
+        #: Places of requests that are over, which the store has not been told yet.
+        self.over: list[int] = []
+        #: By place, for how many tokens there is memory.
+        self.backed = numpy.zeros(store.shape.most, numpy.int64)
+        #: Those that will arrive, in order.
+        self.coming: deque[Request] = deque()
+        self.launched = torch.cuda.Event() if store.shape.device.type == "cuda" else None
+        #: What the device has to reach, while the host does something beside it.
+        self.computing: torch.cuda.Event | None = None
         #: Whether a request had to wait for memory in this step.
         self.refused = False
         self.report = Report()
@@ -183,21 +211,26 @@ class Engine:
     def run(self, requests: list[Request]) -> Report:
         """Serves all of them, each from its arrival on."""
         self.report = report = Report()
-        coming = deque(sorted(requests, key=lambda request: request.arrival))
+        self.coming = deque(sorted(requests, key=lambda request: request.arrival))
         self.began = time.perf_counter()
-        while coming or self.waiting or self.running:
-            now = self.now()
-            while coming and coming[0].arrival <= now:
-                self.waiting.append(coming.popleft())
-            if not self.waiting and not self.running:
-                time.sleep(max(0.0, coming[0].arrival - now))
-                continue
-            self.step()
+        while self.coming or self.waiting or self.running:
+            self.arrive()
+            if self.waiting or self.running:
+                self.step()
+            else:
+                time.sleep(max(0.0, self.coming[0].arrival - self.now()))
+        self.release()
         report.seconds = self.now()
         return report
 
     def now(self) -> float:
         return time.perf_counter() - self.began
+
+    def arrive(self) -> None:
+        """Those wait whose time has come."""
+        now = self.now()
+        while self.coming and self.coming[0].arrival <= now:
+            self.waiting.append(self.coming.popleft())
 
     def step(self) -> None:
         """One iteration."""
@@ -216,7 +249,9 @@ class Engine:
         asked = decoding.requests + finished
         if self.on_logits:
             self.on_logits(asked, logits)
-        tokens = sample(logits, [request.sampling for request in asked])
+        chosen = sample(logits, [request.sampling for request in asked])
+        self.look_ahead(chunk)
+        tokens = chosen.tolist()
         now = self.now()
         decoding.kept += 1
         for request, new in zip(chunk.requests, chunk.new):
@@ -233,7 +268,7 @@ class Engine:
                 over.append(request)
         for request in over:
             self.running.remove(request)
-            self.timed(self.store.end, request.place)
+            self.over.append(request.place)
             request.place = -1
         if finished or over:
             self.filling = [request for request in self.filling if request not in finished]
@@ -247,7 +282,11 @@ class Engine:
             return call(*args, **options)
         finally:
             took = time.perf_counter() - began
-            self.report.calls.setdefault(call.__name__, []).append(took)
+            self.report.calls.append(Call(call.__name__, took, self.busy()))
+
+    def busy(self) -> bool:
+        """Whether the device is still computing the step beside which the host does something."""
+        return self.computing is not None and not self.computing.query()
 
     def choose(self) -> Chunk:
         """Which parts of prompts are computed beside the decodes; memory is there for all of it afterwards."""
@@ -260,38 +299,106 @@ class Engine:
                 if new := min(request.total - request.kept, left):
                     chunk.add(request, new)
                     left -= new
-            if self.timed(store.grow, decoding.places, decoding.kept + 1) and (
-                not chunk or self.timed(store.grow, chunk.places, chunk.totals)
-            ):
+            if self.back(decoding.places, decoding.kept + 1) and self.back(chunk.places, chunk.totals):
                 break
-            self.preempt()
+            if not self.release():
+                self.preempt()
         if self.report.preempted > preempted:
             # What was given up is for those that go on; the request would only be ended again.
             self.refused = True
             return chunk
-        while self.waiting and left > 0 and len(self.running) < store.shape.most:
-            request = self.waiting[0]
-            # It starts with memory for all of its prompt. So had those before it, whose prompts end in this step: where
-            # one does not, nothing is left of the chunk.
-            if not self.timed(store.admits, [request.total]):
-                self.refused = True
-                break
-            self.waiting.popleft()
-            request.place = self.timed(store.begin, request.total)
-            self.running.append(request)
-            self.filling.append(request)
-            one = Chunk([request], [min(request.total, left)])
-            if not self.timed(store.grow, one.places, one.totals):
-                self.refused = True
-                self.put_back()
-                break
-            chunk.add(request, one.new[0])
-            left -= one.new[0]
+        self.admit(chunk, left)
         if not chunk and not decoding:
             raise MemoryError(
                 f"a request of {self.waiting[0].total} tokens does not fit into an empty cache; raise the budget"
             )
         return chunk
+
+    def admit(self, chunk: Chunk, left: int) -> int:
+        """Lets requests begin while memory and so many tokens of a step are left, with their first parts in `chunk`.
+        Returns how many are left then."""
+        store = self.store
+        while self.waiting and left > 0 and len(self.running) < store.shape.most:
+            request = self.waiting[0]
+            # It starts with memory for all of its prompt. So had those before it, whose prompts end in this step: where
+            # one does not, nothing is left of the chunk.
+            if not self.timed(store.admits, [request.total]):
+                if self.release():
+                    continue
+                self.refused = True
+                break
+            if len(self.running) + len(self.over) == store.shape.most:
+                self.release()
+            self.waiting.popleft()
+            request.place = self.timed(store.begin, request.total)
+            self.backed[request.place] = 0
+            self.running.append(request)
+            self.filling.append(request)
+            one = Chunk([request], [min(request.total, left)])
+            if not self.back(one.places, one.totals):
+                self.refused = True
+                self.put_back()
+                break
+            chunk.add(request, one.new[0])
+            left -= one.new[0]
+        return left
+
+    def back(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
+        """Has the store back so many tokens of each; or memory does not suffice, and nothing has changed."""
+        return not len(places) or self.timed(self.grow, places, totals)
+
+    def grow(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
+        """The same, of those for which it has not been done ahead."""
+        lacking = totals > self.backed[places]
+        if not lacking.any():
+            return True
+        if not self.store.grow(places[lacking], totals[lacking]):
+            return False
+        self.backed[places] = numpy.maximum(totals, self.backed[places])
+        return True
+
+    def release(self) -> bool:
+        """Tells the store who is over. Whether anybody was."""
+        over, self.over = self.over, []
+        for place in over:
+            self.timed(self.store.end, place)
+        return bool(over)
+
+    def look_ahead(self, chunk: Chunk) -> None:
+        """What the next step needs, while the device computes this one: memory for one more token of those that go on,
+        for the next parts of prompts, and for the first ones of requests that come; and the kernels' plan where the
+        same requests decode again. What is refused here the next step asks for again."""
+        if self.launched:
+            self.launched.record()
+            self.computing = self.launched
+        self.release()
+        decoding, after = self.decoding, dict(zip(chunk.requests, chunk.totals.tolist()))
+        on = decoding.kept + 2 < decoding.most
+        more, parts, left = Chunk(), Chunk(), self.chunk - int(on.sum())
+        for request in self.filling:
+            kept = after.get(request, request.kept)
+            if kept == request.total:
+                if kept + 1 < request.most:
+                    more.add(request, kept + 1 - request.kept)
+                    left -= 1
+            elif left > 0:
+                new = min(request.total - kept, left)
+                parts.add(request, kept + new - request.kept)
+                left -= new
+        backed = (
+            self.back(decoding.places[on], decoding.kept[on] + 2)
+            and self.back(more.places, more.totals)
+            and self.back(parts.places, parts.totals)
+        )
+        if backed and not self.refused:
+            left = self.admit(parts, left)
+        if backed and decoding and on.all() and not more and not parts:
+            decoding.planned = self.batch(len(decoding))
+            decoding.planned.plan(decoding.places, decoding.kept + 1)
+        while backed and self.coming and left > 0 and not self.refused and self.busy():
+            self.arrive()
+            left = self.admit(parts, left)
+        self.computing = None
 
     def preempt(self) -> None:
         """Ends the youngest request for now."""
@@ -315,8 +422,11 @@ class Engine:
 
     def decode_step(self) -> torch.Tensor:
         """Logits of one more token for each request that decodes."""
-        batch = self.batch(len(self.decoding))
-        batch.fill(self.decoding)
+        batch, decoding = self.batch(len(self.decoding)), self.decoding
+        if decoding.planned is not batch:
+            batch.plan(decoding.places, decoding.kept)
+        decoding.planned = None
+        batch.fill([request.tokens[-1] for request in decoding.requests])
         self.report.graphed += batch.graph is not None
         return batch.forward()[: len(self.decoding)]
 
@@ -327,7 +437,9 @@ class Engine:
         width = 0
         parts = []
         if batch:
-            batch.fill(self.decoding, to_device=False)
+            self.decoding.planned = None
+            batch.plan(self.decoding.places, self.decoding.kept)
+            batch.fill([request.tokens[-1] for request in self.decoding.requests])
             width = batch.width
             parts.append(batch.host.numpy())
         self.prefill.plan(chunk.places, numpy.array(chunk.new, numpy.int64), totals)
@@ -377,23 +489,33 @@ class Batch:
     def __init__(self, model: Model, store: Store, decode: str, width: int) -> None:
         self.model, self.store, self.width = model, store, width
         self.kernel = DECODE[decode](store, model.config.heads, width)
-        self.host = torch.zeros(3, width, dtype=torch.int64, pin_memory=store.shape.device.type == "cuda")
+        on_card = store.shape.device.type == "cuda"
+        self.host = torch.zeros(3, width, dtype=torch.int64, pin_memory=on_card)
         self.buffer = torch.zeros(3, width, dtype=torch.int64, device=store.shape.device)
         self.tokens, self.positions, self.rows = self.buffer
         self.graph: torch.cuda.CUDAGraph | None = None
+        #: What the device has to reach before the host's side of a plan may be written anew.
+        self.copied = torch.cuda.Event() if on_card else None
 
-    def fill(self, decoding: Decoding, to_device: bool = True) -> None:
-        """The next pass is for these."""
-        count = len(decoding)
-        tokens, positions, rows = self.host.numpy()
-        tokens[:count] = [request.tokens[-1] for request in decoding.requests]
-        positions[:count] = decoding.kept
-        rows[:count] = self.store.rows(decoding.places, decoding.kept)
-        tokens[count:] = positions[count:] = 0
-        rows[count:] = self.store.spare_row
-        if to_device:
-            self.buffer.copy_(self.host, non_blocking=True)
-        self.kernel.plan(decoding.places, decoding.kept + 1)
+    def plan(self, places: numpy.ndarray, kept: numpy.ndarray) -> None:
+        """The next pass is for the requests at these places, each of which has so many tokens before its new one. The
+        device may still be in the pass before."""
+        if self.copied:
+            self.copied.synchronize()
+        count = len(places)
+        _, positions, rows = self.host.numpy()
+        positions[:count], positions[count:] = kept, 0
+        rows[:count], rows[count:] = self.store.rows(places, kept), self.store.spare_row
+        self.buffer[1:].copy_(self.host[1:], non_blocking=True)
+        self.kernel.plan(places, kept + 1)
+        if self.copied:
+            self.copied.record()
+
+    def fill(self, tokens: list[int]) -> None:
+        """These are their new tokens."""
+        self.host[0] = 0
+        self.host.numpy()[0, : len(tokens)] = tokens
+        self.buffer[0].copy_(self.host[0], non_blocking=True)
 
     def forward(self) -> torch.Tensor:
         """Logits `[width, vocab]`."""
@@ -411,5 +533,7 @@ class Batch:
 
     def capture(self, pool: tuple[int, int] | None) -> None:
         """Records a pass into a graph. All entries are padding meanwhile."""
-        self.fill(Decoding())
+        none = numpy.empty(0, numpy.int64)
+        self.plan(none, none)
+        self.fill([])
         self.graph, self.logits = captured(self.compute, pool)

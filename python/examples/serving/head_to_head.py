@@ -48,7 +48,7 @@ from bench import (
 from choices import Choice
 from engine import Engine, Request
 from model import Model
-from store import Shape
+from store import Shape, forget
 
 PARTS = ["check", "kernels", "agreement", "long", "decode", "online", "tight"]
 PLAIN = {"vattn": "vattn", "paged": "paged", "static": "static"}
@@ -164,13 +164,14 @@ def logits_of(model: Model, shape: Shape, choice: Choice, requests: list[Request
 
     store = choice.open(shape)
     try:
-        engine = Engine(model, store, prefill=choice.prefill, decode=choice.decode, chunk=512, on_logits=note)
-        engine.run(requests)
+        Engine(model, store, prefill=choice.prefill, decode=choice.decode, chunk=512, on_logits=note).run(
+            requests
+        )
         return torch.stack([found[place] for place in sorted(found)])
     finally:
         store.close()
-        if shape.device.type == "cuda":
-            torch.cuda.empty_cache()
+        del store
+        forget(shape.device)
 
 
 def differences(theirs: torch.Tensor, ours: torch.Tensor, noise: float) -> dict[str, Any]:

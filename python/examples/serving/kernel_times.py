@@ -12,11 +12,9 @@ attention came to in all of a run.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import math
-import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +27,7 @@ from bench import write
 from choices import Choice
 from kernels import DECODE, PREFILL, Decode, Prefill, captured, names
 from model import Config
-from store import Shape, Store
+from store import Shape, Store, forget
 
 LAYERS = 8
 """How many of the layers are timed."""
@@ -117,12 +115,6 @@ def decode_times(store: Store, choice: Choice, heads: int) -> list[dict[str, Any
     return found
 
 
-def shuffle(store: Store) -> None:
-    """Has a list of free pages in no order."""
-    if hasattr(store, "tables") and hasattr(store, "free"):
-        random.Random(0).shuffle(store.free)
-
-
 def measured(text: str, config: Config, budget: int, known: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All shapes with one choice, over a store of its own."""
     choice = Choice.read(text)
@@ -139,7 +131,7 @@ def measured(text: str, config: Config, budget: int, known: Sequence[dict[str, A
         max(count for count, _ in DECODES),
     )
     store = choice.open(shape)
-    shuffle(store)
+    store.scatter()
     prefill, decode = names(store, choice.prefill, choice.decode)
     entry: dict[str, Any] = {
         "choice": text,
@@ -154,8 +146,7 @@ def measured(text: str, config: Config, budget: int, known: Sequence[dict[str, A
     entry["decode"] = [] if few else twin["decode"] if twin else decode_times(store, choice, config.heads)
     store.close()
     del store
-    gc.collect()
-    torch.cuda.empty_cache()
+    forget(shape.device)
     return entry
 
 

@@ -229,8 +229,12 @@ class FlashInferDecode(Decode):
 
     def plan(self, places: numpy.ndarray, totals: numpy.ndarray) -> None:
         store, shape = self.store, self.store.shape
+        # From memory that is not pinned a copy would wait for the device.
+        begins, pages, last = (each.pin_memory() for each in store.listed(places, totals, self.width))
         self.wrapper.plan(
-            *store.listed(places, totals, self.width),
+            begins,
+            pages.to(shape.device, non_blocking=True),
+            last,
             self.heads,
             shape.kv_heads,
             shape.head_dim,

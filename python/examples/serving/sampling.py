@@ -21,8 +21,8 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}, and has to be above 0 and at most 1")
 
 
-def sample(logits: torch.Tensor, samplings: list[Sampling]) -> list[int]:
-    """One token for each row of `[n, vocab]`. Waits for the device."""
+def sample(logits: torch.Tensor, samplings: list[Sampling]) -> torch.Tensor:
+    """One token for each row of `[n, vocab]`, on the device."""
     chosen = logits.argmax(-1)
     drawn = [at for at, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
@@ -33,4 +33,4 @@ def sample(logits: torch.Tensor, samplings: list[Sampling]) -> list[int]:
         # The most likely ones, up to the one with which their shares reach top_p.
         shares = shares.where(shares.cumsum(-1) - shares < top_p, 0.0)
         chosen[drawn] = order.gather(-1, shares.multinomial(1)).squeeze(-1)
-    return chosen.tolist()
+    return chosen

@@ -10,6 +10,7 @@ NumPy arrays, one entry a request, because a step asks about all requests at onc
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,8 +90,18 @@ class Store(ABC):
     def held(self) -> int:
         """Bytes of device memory that it has now."""
 
+    def scatter(self) -> None:
+        """Has free memory in no order, as after a while of use, where that means something."""
+
     def close(self) -> None:
         """Gives everything back."""
+
+
+def forget(device: torch.device) -> None:
+    """After the last reference to a store: what PyTorch kept of its memory is the device's again."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Slots(Store):

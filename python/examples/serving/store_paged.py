@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,9 @@ class Paged(Pages):
     def rows(self, places: numpy.ndarray | int, positions: numpy.ndarray) -> numpy.ndarray:
         page, within = numpy.divmod(positions, self.page_tokens)
         return self.tables[places, page].astype(numpy.int64) * self.page_tokens + within
+
+    def scatter(self) -> None:
+        random.Random(0).shuffle(self.free)
 
     def held(self) -> int:
         return self.pool.numel() * self.pool.itemsize
