@@ -48,7 +48,7 @@ def each_token(request: Request) -> float:
     return (request.times[-1] - request.times[0]) / (len(request.times) - 1)
 
 
-def thinned(entries: list[Any], most: int = 400) -> list[Any]:
+def thinned(entries: list[Any], most: int = 200) -> list[Any]:
     """No more than so many of them, evenly spread."""
     return entries[:: -(-len(entries) // most) or 1]
 
@@ -107,9 +107,11 @@ def summary(requests: list[Request], report: Report) -> dict[str, Any]:
         "mean_active": mean_active(report),
         "most_held": max((moment.held for moment in report.moments), default=0),
         "samples": {
-            "ttft": sorted(ttft),
-            "tpot": sorted(tpot),
-            "moments": [(moment.at, moment.active, moment.held) for moment in thinned(report.moments)],
+            "ttft": [round(seconds, 5) for seconds in sorted(ttft)],
+            "tpot": [round(seconds, 7) for seconds in sorted(tpot)],
+            "moments": [
+                (round(moment.at, 3), moment.active, moment.held) for moment in thinned(report.moments)
+            ],
         },
         "prefills": report.prefills,
         "decodes": {
@@ -278,7 +280,7 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 def write(path: Path, found: dict[str, Any]) -> None:
     """The file is the old one or the new one, whenever this is ended."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1))
+    part.write_text(json.dumps(found) + "\n")
     part.replace(path)
 
 
