@@ -282,7 +282,7 @@ enum vattn_status
     VATTN_OUT_OF_DEVICE_MEMORY = 5,
     /// The operating system allows no further mapping (host driver: `vm.max_map_count`).
     VATTN_OUT_OF_MAPPINGS = 6,
-    /// Not so many addresses can be reserved. Use fewer slots or fewer tokens a slot.
+    /// Not so many addresses can be reserved. Use fewer slots, fewer tokens a slot or a smaller buffer.
     VATTN_OUT_OF_ADDRESS_SPACE = 7,
     /// Every slot is in use. Retire one, or create the cache with more.
     VATTN_NO_FREE_SLOT = 8,

@@ -47,7 +47,7 @@ pub enum ErrorKind {
     OutOfDeviceMemory,
     /// The operating system allows no further mapping (host backend: `vm.max_map_count`).
     OutOfMappings,
-    /// Not so many addresses can be reserved. Use fewer slots or fewer tokens a slot.
+    /// Not so many addresses can be reserved. Use fewer slots, fewer tokens a slot or a smaller buffer.
     OutOfAddressSpace,
     /// Every slot is in use. Retire one, or create the cache with more.
     NoFreeSlot,

@@ -86,7 +86,7 @@ class OutOfMappings(Error, MemoryError):
 
 
 class OutOfAddressSpace(Error, MemoryError):
-    """Not so many addresses can be reserved. Use fewer slots or fewer tokens a slot."""
+    """Not so many addresses can be reserved. Use fewer slots, fewer tokens a slot or a smaller buffer."""
 
 
 class NoFreeSlot(Error):

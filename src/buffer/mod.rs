@@ -144,7 +144,7 @@ impl Buffer {
             )));
         }
         let reservation = Reservation::new(&driver, size)
-            .map_err(|error| error.context(format!("reserving {size} of addresses for a buffer")))?;
+            .map_err(|error| error.context(format!("reserving {size} of addresses for a buffer; use a smaller one")))?;
         let extents = Extents::new(driver.clone(), Arc::clone(&reservation), largest);
         let state = State { extents, committed: Ranges::default(), moving: false };
         Ok(Self { state: Ranked::new(state), reservation, driver })

@@ -143,7 +143,7 @@ unsafe impl Driver for Ledger {
             return Err(Error::new(
                 ErrorKind::OutOfAddressSpace,
                 format!(
-                    "{size} of addresses can't be reserved: {} of {} are; use fewer slots or fewer tokens a slot",
+                    "{size} of addresses can't be reserved: {} of {} are; reserve less",
                     state.reserved, self.addresses
                 ),
             ));

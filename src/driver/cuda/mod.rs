@@ -194,7 +194,7 @@ unsafe impl Driver for Cuda {
             if beyond || error.kind() == ErrorKind::OutOfDeviceMemory {
                 return Error::new(
                     ErrorKind::OutOfAddressSpace,
-                    format!("{size} of addresses can't be reserved; use fewer slots or fewer tokens a slot"),
+                    format!("{size} of addresses can't be reserved; reserve less"),
                 )
                 .caused_by(error);
             }

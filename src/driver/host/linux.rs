@@ -266,7 +266,7 @@ unsafe impl Driver for Host {
             }
             Err(errno) => {
                 state.recount_back([0, 0], [1, 1]);
-                let cure = "reserve less: fewer slots or fewer tokens a slot; or raise `ulimit -v`";
+                let cure = "reserve less, or raise `ulimit -v`";
                 Err(errno.error(Verb::Reserve, Some(size), ErrorKind::OutOfAddressSpace, cure))
             }
         }
