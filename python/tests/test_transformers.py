@@ -571,6 +571,32 @@ def test_rows_that_find_no_memory_change_nothing(driver: vattn.Driver) -> None:
         torch.testing.assert_close(steps(model, cache, tokens[:, :1]), steps(model, larger, tokens[:, :1]))
 
 
+def test_rows_that_pytorch_has_no_memory_to_move_change_nothing(
+    driver: vattn.Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two groups of layers, of which the second finds none."""
+    model = make("Gemma3Text")
+    tokens = torch.randint(3, 97, (3, 20))
+    with VattnCache(model, driver=driver) as cache, VattnCache(model, driver=driver) as other:
+        for past in (cache, other):
+            steps(model, past, tokens)
+        assert len(cache.groups) == 2
+        empty, made = torch.empty, []
+
+        def failing(*shape: Any, **options: Any) -> Any:
+            made.append(shape)
+            if len(made) == 2:
+                raise torch.OutOfMemoryError("no memory for it")
+            return empty(*shape, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                cache.reorder_cache(torch.tensor([2, 0, 1]))
+        assert len(made) == 2
+        torch.testing.assert_close(steps(model, cache, tokens[:, :1]), steps(model, other, tokens[:, :1]))
+
+
 @small_granules
 def test_a_batch_without_addresses_leaves_a_cache_that_works(driver: vattn.Driver) -> None:
     model = make("Llama")

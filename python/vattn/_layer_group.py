@@ -19,6 +19,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import TypeAlias
 
@@ -300,13 +301,18 @@ class LayerGroup:
             self._move(rows)
         self.set_rows(max(rows, self.rows))
 
-    def rearrange(self, sources: Sequence[int]) -> None:
-        """Row i becomes what row `sources[i]` was, in place; rows may go, and come after `widen`."""
-        self.turn = []
+    def rearranging(self, sources: Sequence[int]) -> Callable[[], None]:
+        """What makes row i what row `sources[i]` was, in place; rows may go, and come after `widen`. All memory that
+        it takes it has already."""
         moved = [(to, source) for to, source in enumerate(sources) if to != source]
-        if moved and self.held:
-            self._copy_rows([to for to, _ in moved], [source for _, source in moved])
-        self.set_rows(len(sources))
+        copy = self._copying(*map(list, zip(*moved, strict=True))) if moved and self.held else None
+        return partial(self._rearrange, len(sources), copy)
+
+    def _rearrange(self, rows: int, copy: Callable[[], None] | None) -> None:
+        self.turn = []
+        if copy:
+            copy()
+        self.set_rows(rows)
         if not self._suits(self.rows):
             try:
                 self._move(self.rows)
@@ -314,19 +320,25 @@ class LayerGroup:
                 # It stays as wide as it was.
                 pass
 
-    def _copy_rows(self, to: list[int], source: list[int]) -> None:
+    def _copying(self, to: list[int], source: list[int]) -> Callable[[], None]:
         device = self.shape.device
         into, outof = torch.tensor(to, device=device), torch.tensor(source, device=device)
-        for views in self.window(0, self.held):
-            for view in views:
-                if view.element_size() == 1:
-                    # PyTorch has no such copy for floats of 8 bits everywhere.
-                    view = view.view(torch.uint8)
-                token = view.shape[1] * view.shape[3] * view.element_size() * len(to)
-                step = max(1, SCRATCH // token)
-                for at in range(0, self.held, step):
-                    part = view.narrow(2, at, min(step, self.held - at))
-                    part.index_copy_(0, into, part.index_select(0, outof))
+        token = len(to) * self.shape.heads * max(self.shape.key_dim, self.shape.value_dim)
+        most = min(self.held, max(1, SCRATCH // (token * self.shape.dtype.itemsize)))
+        # PyTorch has no such copy for floats of 8 bits everywhere.
+        dtype = torch.uint8 if self.shape.dtype.itemsize == 1 else self.shape.dtype
+        scratch = torch.empty(most * token, dtype=dtype, device=device)
+
+        def copy() -> None:
+            for views in self.window(0, self.held):
+                for view in views:
+                    for at in range(0, self.held, most):
+                        part = view.view(dtype).narrow(2, at, min(most, self.held - at))
+                        moved = scratch[: len(to) * part[0].numel()].view(len(to), *part.shape[1:])
+                        torch.index_select(part, 0, outof, out=moved)
+                        part.index_copy_(0, into, moved)
+
+        return copy
 
     # ---- its life ----
 

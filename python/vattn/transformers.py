@@ -341,7 +341,9 @@ class VattnCache(cache_utils.Cache):
         budget = self._opener.budget or 0
         rest = budget - sum(needed)
         if rest < 0:
-            raise vattn.OutOfBudget(f"of {budget} bytes that may be held, {sum(needed)} are needed at the least")
+            raise vattn.OutOfBudget(
+                f"of {budget} bytes that may be held, {sum(needed)} are needed at the least"
+            )
         wanted = [
             need + (rest // len(groups) if not rest_for_it else rest if group is one else 0)
             for group, need in zip(groups, needed, strict=True)
@@ -500,6 +502,8 @@ class VattnCache(cache_utils.Cache):
         try:
             for group, _, sources in plans:
                 self._afford(group, partial(group.widen, len(sources)))
+            # Here it is, so that memory that PyTorch has not got is missed before anything changes.
+            moves = [group.rearranging(sources) for group, _, sources in plans]
             for index in self._others():
                 change(self.layers[index])
         except BaseException as error:
@@ -508,8 +512,8 @@ class VattnCache(cache_utils.Cache):
             if isinstance(error, REFUSALS):
                 raise explained(error, len(sources), self.get_seq_length()) from error
             raise
-        for group, _, sources in plans:
-            group.rearrange(sources)
+        for move in moves:
+            move()
 
     def bytes_held(self) -> int:
         """Bytes of physical memory that it holds now, on all devices."""
