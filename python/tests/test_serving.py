@@ -27,7 +27,7 @@ import kernel_times
 import kernels
 from bench import fresh, summary
 from choices import Choice
-from engine import Engine, Request
+from engine import Chunk, Engine, Request
 from model import Config, Model
 from sampling import Sampling, sample
 from store import Shape, Store
@@ -334,17 +334,16 @@ def test_memory_is_asked_for_ahead_and_once(model: Model) -> None:
     report = Watched(model, store, chunk=4).run([Request([3] * 10, 5)])
     place = store.asked[-1]
     assert store.asked == [*(([place], [count]) for count in (4, 8, 10, 11, 12, 13, 14)), place]
-    # Of what was asked for, the device waited for the first part and the end after the last step.
-    waited = [call.name for call in report.calls if not call.beside]
-    assert waited[:3] == ["admits", "begin", "grow"] and waited[-1] == "end"
-    assert sum(call.beside for call in report.calls) >= 6
+    # The device waits for the first part, and for the end after the last step; all else is asked for beside it.
+    assert [call.name for call in report.calls if not call.hidden] == ["admits", "begin", "grow", "end"]
+    assert [call.name for call in report.calls if call.hidden] == ["grow"] * 6
     found = summary([Request([3] * 10, 5, tokens=[1] * 5, times=[0.1] * 5)], report)
     spent = sum(call.seconds for call in report.calls)
-    assert found["allocating_share"] + found["allocating_beside_share"] == pytest.approx(
+    assert found["allocating_share"] + found["allocating_hidden_share"] == pytest.approx(
         spent / report.seconds
     )
-    assert 0 < found["allocating_beside_share"] < 1
-    assert found["store_calls"]["end"]["calls"] == 1
+    assert 0 < found["allocating_hidden_share"] < 1
+    assert found["store_calls"]["grow"]["calls"] == 7
 
 
 def test_who_comes_while_the_device_computes_begins_with_the_next_step(model: Model) -> None:
@@ -359,6 +358,15 @@ def test_who_comes_while_the_device_computes_begins_with_the_next_step(model: Mo
     assert report.prefills == [(3, 3), (4, 4)] and report.steps == 4
 
 
+def test_memory_is_waited_for_from_the_step_in_which_it_is_refused(model: Model) -> None:
+    """Room for one at a time: the second begins in the step after the last of the first one, with what that gave back."""
+    store = Noting(shape(12))
+    report = Watched(model, store, chunk=64).run([Request([5] * 8, 3), Request([7] * 8, 2)])
+    assert report.steps == 5 and not report.preempted
+    assert [moment.refused for moment in report.moments] == [True, True, True, False, False]
+    assert [moment.active for moment in report.moments] == [1] * 5
+
+
 def test_a_step_is_planned_beside_the_one_before_it_unless_something_comes_between(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,9 +379,56 @@ def test_a_step_is_planned_beside_the_one_before_it_unless_something_comes_betwe
 
     monkeypatch.setitem(kernels.DECODE, "noting", NotingDecode)
     engine = Watched(model, Paged(shape(400)), decode="noting", chunk=8)
-    engine.run([Request([5] * 3, 3), Request([7] * 4, 5)])
+    report = engine.run([Request([5] * 3, 3), Request([7] * 4, 5)])
     # The prompts' step shows who decodes; one ends after its third token; the other goes on.
     assert planned == [([4, 5], False), ([5, 6], True), ([7], False), ([8], True)]
+    # The first one's place is given back beside the next step, the last one's when all is done.
+    assert [call.hidden for call in report.calls if call.name == "end"] == [True, False]
+
+
+def by_itself(model: Model, prompt: list[int], answer: int) -> list[int]:
+    request = Request(list(prompt), answer)
+    Engine(model, Static(shape(2 * 256))).run([request])
+    return request.tokens
+
+
+def test_a_plan_for_four_does_not_serve_the_three_that_are_left(model: Model) -> None:
+    """One of four stops by its token, and the others go on in a batch of the same width."""
+    prompts = [[7 * at + 3, at + 1, 5] for at in range(4)]
+    right = [by_itself(model, prompt, 8) for prompt in prompts]
+    at = next(at for at in range(2, 7) if right[0][at] not in right[0][:at])
+    asked = [Request(prompt, 8) for prompt in prompts]
+    asked[0].stop = right[0][at]
+    right[0] = right[0][: at + 1]
+    Engine(model, Paged(shape(400))).run(asked)
+    assert [request.tokens for request in asked] == right
+
+
+def test_a_plan_is_dropped_where_another_request_was_computed_since(model: Model) -> None:
+    """The second begins after the first one's plan was made, and is given up in the midst of its prompt."""
+    first, second = Request([4, 9, 2, 7], 20), Request(list(range(30, 42)), 3)
+    right = [by_itself(model, request.prompt, request.answer) for request in (first, second)]
+
+    class Late(Engine):
+        """Lets it in once the look ahead is over."""
+
+        def look_ahead(self, chunk: Any) -> None:
+            super().look_ahead(chunk)
+            if len(first.tokens) == 7:
+                assert self.decoding.planned
+                self.waiting.append(second)
+                self.admit(Chunk(), 1)
+
+        def decode_step(self) -> Any:
+            logits = super().decode_step()
+            positions = self.batch(len(self.decoding)).positions[: len(self.decoding)]
+            assert positions.tolist() == self.decoding.kept.tolist()
+            return logits
+
+    engine = Late(model, Paged(shape(25), page_tokens=1), chunk=2)
+    report = engine.run([first])
+    assert report.preempted
+    assert [first.tokens, second.tokens] == right
 
 
 class WrongDecode(kernels.ReferenceDecode):

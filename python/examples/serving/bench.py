@@ -62,9 +62,9 @@ def mean_active(report: Report) -> float:
     return sum(span * moment.active for span, moment in spans) / seconds if seconds else 0.0
 
 
-def spent(calls: Iterable[Call], beside: bool) -> float:
+def spent(calls: Iterable[Call], hidden: bool) -> float:
     """Seconds in the store's calls that ended while the device computed; or in the others, which it waited for."""
-    return sum(call.seconds for call in calls if call.beside is beside)
+    return sum(call.seconds for call in calls if call.hidden is hidden)
 
 
 def by_name(calls: Iterable[Call]) -> dict[str, list[Call]]:
@@ -93,13 +93,13 @@ def summary(requests: list[Request], report: Report) -> dict[str, Any]:
         "steps": report.steps,
         "graphed_steps": report.graphed,
         "preempted": report.preempted,
-        "allocating_share": spent(report.calls, beside=False) / report.seconds,
-        "allocating_beside_share": spent(report.calls, beside=True) / report.seconds,
+        "allocating_share": spent(report.calls, hidden=False) / report.seconds,
+        "allocating_hidden_share": spent(report.calls, hidden=True) / report.seconds,
         "store_calls": {
             name: {
                 "calls": len(calls),
-                "seconds_waited_for": spent(calls, beside=False),
-                "seconds_beside": spent(calls, beside=True),
+                "seconds_waited_for": spent(calls, hidden=False),
+                "seconds_hidden": spent(calls, hidden=True),
             }
             | quantiles([call.seconds for call in calls])
             for name, calls in by_name(report.calls).items()

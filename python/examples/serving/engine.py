@@ -77,7 +77,7 @@ class Decoding:
     """The requests that get a token a step, in the order in which they came to it, and their numbers as arrays."""
 
     planned: Batch | None = None
-    """What the next step's kernels are planned in already, if that step is for these and nothing else."""
+    """The batch that is planned for the next step already, if that step is for these and nothing else."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -128,7 +128,7 @@ class Moment(NamedTuple):
     active: int
     """Requests that had memory in it."""
     refused: bool
-    """Whether another one had to wait for memory."""
+    """Whether another one waited for memory in it."""
     held: int
     """Bytes that the store holds."""
 
@@ -138,8 +138,8 @@ class Call(NamedTuple):
 
     name: str
     seconds: float
-    beside: bool
-    """Whether the device was still computing when it ended, so that nobody waited for it."""
+    hidden: bool
+    """Whether the device was still computing when it ended."""
 
 
 @dataclass
@@ -190,8 +190,8 @@ class Engine:
         #: Those of them whose prompt is not done yet; and the others.
         self.filling: list[Request] = []
         self.decoding = Decoding()
-        #: Places of requests that are over, which the store has not been told yet.
-        self.over: list[int] = []
+        #: Places whose requests are over, which the store has not been told yet.
+        self.ended: list[int] = []
         #: By place, for how many tokens there is memory.
         self.backed = numpy.zeros(store.shape.most, numpy.int64)
         #: Those that will arrive, in order.
@@ -199,8 +199,10 @@ class Engine:
         self.launched = torch.cuda.Event() if store.shape.device.type == "cuda" else None
         #: What the device has to reach, while the host does something beside it.
         self.computing: torch.cuda.Event | None = None
-        #: Whether a request had to wait for memory in this step.
+        #: Whether a request waits for memory.
         self.refused = False
+        #: Whether one was ended in this step, for those that go on.
+        self.preempted = False
         self.report = Report()
 
     def prepare(self) -> None:
@@ -234,9 +236,9 @@ class Engine:
 
     def step(self) -> None:
         """One iteration."""
-        self.refused = False
+        self.preempted = False
         chunk = self.choose()
-        report, decoding, active = self.report, self.decoding, len(self.running)
+        report, decoding, active, refused = self.report, self.decoding, len(self.running), self.refused
         report.steps += 1
         if decoding:
             report.decodes.append((len(decoding), int(decoding.kept.sum()) + len(decoding)))
@@ -268,12 +270,12 @@ class Engine:
                 over.append(request)
         for request in over:
             self.running.remove(request)
-            self.over.append(request.place)
+            self.ended.append(request.place)
             request.place = -1
         if finished or over:
             self.filling = [request for request in self.filling if request not in finished]
             decoding.replace([request for request in asked if request.place >= 0])
-        report.moments.append(Moment(now, active, self.refused, self.store.held()))
+        report.moments.append(Moment(now, active, refused, self.store.held()))
 
     def timed(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """A call of the store's, its time counted."""
@@ -290,47 +292,48 @@ class Engine:
 
     def choose(self) -> Chunk:
         """Which parts of prompts are computed beside the decodes; memory is there for all of it afterwards."""
-        store, decoding = self.store, self.decoding
-        preempted = self.report.preempted
+        decoding = self.decoding
         while True:
-            left = max(self.chunk - len(decoding), 0)
-            chunk = Chunk()
-            for request in self.filling:
-                if new := min(request.total - request.kept, left):
-                    chunk.add(request, new)
-                    left -= new
+            chunk, left = self.parts(self.chunk - len(decoding), {})
             if self.back(decoding.places, decoding.kept + 1) and self.back(chunk.places, chunk.totals):
                 break
             if not self.release():
                 self.preempt()
-        if self.report.preempted > preempted:
-            # What was given up is for those that go on; the request would only be ended again.
-            self.refused = True
-            return chunk
-        self.admit(chunk, left)
         if not chunk and not decoding:
-            raise MemoryError(
-                f"a request of {self.waiting[0].total} tokens does not fit into an empty cache; raise the budget"
-            )
+            # Requests begin here when nobody else is there, and else while the device computes.
+            self.refused = False
+            self.admit(chunk, left)
+            if not chunk:
+                raise MemoryError(
+                    f"a request of {self.waiting[0].total} tokens does not fit into an empty cache; raise the budget"
+                )
         return chunk
+
+    def parts(self, left: int, kept: dict[Request, int]) -> tuple[Chunk, int]:
+        """The next parts of the prompts under way that fit into so many tokens, and how many are left then. `kept` says
+        of which requests more is kept by then than now."""
+        chunk, left = Chunk(), max(left, 0)
+        for request in self.filling:
+            already = kept.get(request, request.kept)
+            if new := min(request.total - already, left):
+                chunk.add(request, already - request.kept + new)
+                left -= new
+        return chunk, left
 
     def admit(self, chunk: Chunk, left: int) -> int:
         """Lets requests begin while memory and so many tokens of a step are left, with their first parts in `chunk`.
         Returns how many are left then."""
-        store = self.store
-        while self.waiting and left > 0 and len(self.running) < store.shape.most:
+        while self.waiting and left > 0 and len(self.running) < self.store.shape.most:
             request = self.waiting[0]
-            # It starts with memory for all of its prompt. So had those before it, whose prompts end in this step: where
+            # It starts with memory for all of its prompt. So had those before it, whose prompts end in this chunk: where
             # one does not, nothing is left of the chunk.
-            if not self.timed(store.admits, [request.total]):
+            if not self.timed(self.store.admits, [request.total]):
                 if self.release():
                     continue
                 self.refused = True
                 break
-            if len(self.running) + len(self.over) == store.shape.most:
-                self.release()
             self.waiting.popleft()
-            request.place = self.timed(store.begin, request.total)
+            request.place = self.timed(self.store.begin, request.total)
             self.backed[request.place] = 0
             self.running.append(request)
             self.filling.append(request)
@@ -344,25 +347,23 @@ class Engine:
         return left
 
     def back(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
-        """Has the store back so many tokens of each; or memory does not suffice, and nothing has changed."""
-        return not len(places) or self.timed(self.grow, places, totals)
-
-    def grow(self, places: numpy.ndarray, totals: numpy.ndarray) -> bool:
-        """The same, of those for which it has not been done ahead."""
+        """Memory for so many tokens of each; or there is not enough, and nothing has changed. The store is asked about
+        those for which that was not seen to ahead."""
         lacking = totals > self.backed[places]
         if not lacking.any():
             return True
-        if not self.store.grow(places[lacking], totals[lacking]):
+        places, totals = places[lacking], totals[lacking]
+        if not self.timed(self.store.grow, places, totals):
             return False
-        self.backed[places] = numpy.maximum(totals, self.backed[places])
+        self.backed[places] = totals
         return True
 
     def release(self) -> bool:
         """Tells the store who is over. Whether anybody was."""
-        over, self.over = self.over, []
-        for place in over:
+        ended, self.ended = self.ended, []
+        for place in ended:
             self.timed(self.store.end, place)
-        return bool(over)
+        return bool(ended)
 
     def look_ahead(self, chunk: Chunk) -> None:
         """What the next step needs, while the device computes this one: memory for one more token of those that go on,
@@ -372,30 +373,28 @@ class Engine:
             self.launched.record()
             self.computing = self.launched
         self.release()
-        decoding, after = self.decoding, dict(zip(chunk.requests, chunk.totals.tolist()))
+        decoding, kept = self.decoding, dict(zip(chunk.requests, chunk.totals.tolist()))
+        # One token less than they have after this step, and one more with the next.
         on = decoding.kept + 2 < decoding.most
-        more, parts, left = Chunk(), Chunk(), self.chunk - int(on.sum())
-        for request in self.filling:
-            kept = after.get(request, request.kept)
-            if kept == request.total:
-                if kept + 1 < request.most:
-                    more.add(request, kept + 1 - request.kept)
-                    left -= 1
-            elif left > 0:
-                new = min(request.total - kept, left)
-                parts.add(request, kept + new - request.kept)
-                left -= new
+        begun = Chunk()
+        for request, total in kept.items():
+            if request.total == total < request.most - 1:
+                begun.add(request, total + 1 - request.kept)
+        parts, left = self.parts(self.chunk - int(on.sum()) - len(begun), kept)
         backed = (
             self.back(decoding.places[on], decoding.kept[on] + 2)
-            and self.back(more.places, more.totals)
+            and self.back(begun.places, begun.totals)
             and self.back(parts.places, parts.totals)
         )
-        if backed and not self.refused:
-            left = self.admit(parts, left)
-        if backed and decoding and on.all() and not more and not parts:
-            decoding.planned = self.batch(len(decoding))
-            decoding.planned.plan(decoding.places, decoding.kept + 1)
-        while backed and self.coming and left > 0 and not self.refused and self.busy():
+        if not self.preempted:
+            # What was given up is for those that go on; the request would only be ended again.
+            self.refused = not backed and bool(self.waiting)
+            left = self.admit(parts, left) if backed else 0
+        batch = self.batches.get(wide(len(decoding))) if decoding else None
+        if batch and batch.ready and backed and on.all() and not begun and not parts:
+            decoding.planned = batch
+            batch.plan(decoding.places, decoding.kept + 1)
+        while self.coming and left > 0 and not self.refused and self.busy():
             self.arrive()
             left = self.admit(parts, left)
         self.computing = None
@@ -407,6 +406,7 @@ class Engine:
                 f"one request of {self.running[0].total} tokens does not fit into the cache; raise the budget"
             )
         self.report.preempted += 1
+        self.preempted = self.refused = True
         self.put_back()
 
     def put_back(self) -> None:
@@ -434,14 +434,12 @@ class Engine:
         """The same, and of each request whose prompt this chunk ends."""
         decodes, totals, device = len(self.decoding), chunk.totals, self.model.device
         batch = self.batch(decodes, captured=False) if decodes else None
-        width = 0
-        parts = []
+        width = batch.width if batch else 0
         if batch:
             self.decoding.planned = None
             batch.plan(self.decoding.places, self.decoding.kept)
             batch.fill([request.tokens[-1] for request in self.decoding.requests])
-            width = batch.width
-            parts.append(batch.host.numpy())
+        parts = []
         self.prefill.plan(chunk.places, numpy.array(chunk.new, numpy.int64), totals)
         asked, at = list(range(decodes)), width
         for request, new, end in zip(chunk.requests, chunk.new, totals.tolist()):
@@ -451,8 +449,8 @@ class Engine:
             at += new
             if end == request.total:
                 asked.append(at - 1)
-        # Copied at once: the batch's numbers may change before a later copy has been made.
-        tokens, positions, rows = torch.from_numpy(numpy.concatenate(parts, axis=1)).to(device)
+        inputs = torch.from_numpy(numpy.concatenate(parts, axis=1)).to(device)
+        tokens, positions, rows = torch.cat((batch.buffer, inputs), dim=1) if batch else inputs
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             self.store.write(layer, rows, key, value)
@@ -512,10 +510,15 @@ class Batch:
             self.copied.record()
 
     def fill(self, tokens: list[int]) -> None:
-        """These are their new tokens."""
+        """These are their new tokens. Those of the pass before have been chosen, so its own were read long ago."""
         self.host[0] = 0
         self.host.numpy()[0, : len(tokens)] = tokens
         self.buffer[0].copy_(self.host[0], non_blocking=True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it need not be captured any more."""
+        return self.graph is not None or self.copied is None
 
     def forward(self) -> torch.Tensor:
         """Logits `[width, vocab]`."""

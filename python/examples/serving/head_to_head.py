@@ -14,8 +14,9 @@
 
 Each part is a file in OUT, written after each run: what is there is not run again, so all of it can be ended at any
 time and called again. `--parts` names some. `paged` has, in each part, the pages and kernels whose own times are the
-least for that part's requests, in `tight` the smallest pages, which waste least; `vattn` has one layout and one size of pages throughout, `static` the contiguous
-kernels. `--tiny` runs all but `check` and `kernels` with a tiny model on the processor, to show that it works.
+least for that part's requests, in `tight` the smallest pages, which waste least; `vattn` has one layout and one size of
+pages throughout, `static` the contiguous kernels. `--tiny` runs all but `check` and `kernels` with a tiny model on the
+processor, to show that it works.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ WORKLOADS = ["long", "decode", "online", "tight"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "long": {
         "trace": "arxiv_long_offline.csv",
-        "limit": 5,
+        "limit": 4,
         "longest": 131072,
         "most": 16,
         "budget": 96,

@@ -35,7 +35,7 @@ def workspace(device: torch.device) -> torch.Tensor:
 
 
 @cache
-def beside() -> torch.cuda.Stream:
+def side_stream() -> torch.cuda.Stream:
     """A stream for what runs once before it is captured."""
     return torch.cuda.Stream()
 
@@ -43,10 +43,10 @@ def beside() -> torch.cuda.Stream:
 def captured(run: Callable[[], T], pool: tuple[int, int] | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of what is launched, and what that returned. It runs once before, so that nothing is compiled while it is
     captured."""
-    beside().wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside()):
+    side_stream().wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream()):
         run()
-    torch.cuda.current_stream().wait_stream(beside())
+    torch.cuda.current_stream().wait_stream(side_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         output = run()

@@ -38,8 +38,8 @@ COLUMNS: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
     ("time a token p99, ms", lambda run: 1e3 * run["tpot"].get("p99", math.nan), "{:.2f}"),
     ("mean active", lambda run: run["mean_active"], "{:.1f}"),
     ("preempted", lambda run: run["preempted"], "{:.0f}"),
-    ("store's calls waited for", lambda run: 100 * run["allocating_share"], "{:.3f} %"),
-    ("and beside the device", lambda run: 100 * run["allocating_beside_share"], "{:.3f} %"),
+    ("store's calls: waited for", lambda run: 100 * run["allocating_share"], "{:.3f} %"),
+    ("store's calls: hidden", lambda run: 100 * run["allocating_hidden_share"], "{:.3f} %"),
     ("most memory, GiB", lambda run: run["most_held"] / 2**30, "{:.1f}"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,11 +25,18 @@ class Sampling:
 def sample(logits: torch.Tensor, samplings: list[Sampling]) -> torch.Tensor:
     """One token for each row of `[n, vocab]`, on the device."""
     chosen = logits.argmax(-1)
-    drawn = [at for at, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if drawn:
+    warm = [(at, sampling) for at, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if warm:
         device = logits.device
-        temperature = torch.tensor([[samplings[at].temperature] for at in drawn], device=device)
-        top_p = torch.tensor([[samplings[at].top_p] for at in drawn], device=device)
+
+        def column(numbers: list[Any]) -> torch.Tensor:
+            # From memory that is not pinned a copy would wait for the device.
+            made = torch.tensor(numbers, pin_memory=device.type == "cuda")
+            return made.to(device, non_blocking=True)
+
+        drawn = column([at for at, _ in warm])
+        temperature = column([[sampling.temperature] for _, sampling in warm])
+        top_p = column([[sampling.top_p] for _, sampling in warm])
         shares, order = (logits[drawn].float() / temperature).softmax(-1).sort(-1, descending=True)
         # The most likely ones, up to the one with which their shares reach top_p.
         shares = shares.where(shares.cumsum(-1) - shares < top_p, 0.0)

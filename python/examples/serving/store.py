@@ -75,7 +75,7 @@ class Store(ABC):
 
     @abstractmethod
     def end(self, place: int) -> None:
-        """The request is done, or starts anew later. Kernels of the current stream may still read its memory."""
+        """The request is done, or starts anew later. The device is done with its memory."""
 
     @abstractmethod
     def rows(self, places: numpy.ndarray | int, positions: numpy.ndarray) -> numpy.ndarray:

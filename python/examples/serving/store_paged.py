@@ -45,7 +45,7 @@ class Paged(Pages):
         left = len(self.free)
         for count, prompt in enumerate(prompts):
             left -= self.needed(prompt)
-            if left < 0:
+            if left < 0 or count == len(self.places):
                 return count
         return len(prompts)
 

@@ -76,7 +76,7 @@ class Vattn(Slots, Pages):
         return self.cache.admits(prompts)
 
     def begin(self, tokens: int) -> int:
-        slot = self.cache.acquire(tokens, stream=self.stream())
+        slot = self.cache.acquire(tokens)
         self.slots[slot.index] = slot
         self.entries[slot.index] = (slot.index, slot.cache, slot.generation, 0)
         return slot.index
@@ -91,10 +91,7 @@ class Vattn(Slots, Pages):
         return True
 
     def end(self, place: int) -> None:
-        self.cache.retire(self.slots.pop(place), self.stream() or vattn.IDLE)
-
-    def stream(self) -> torch.cuda.Stream | None:
-        return torch.cuda.current_stream(self.shape.device) if self.shape.device.type == "cuda" else None
+        self.cache.retire(self.slots.pop(place), vattn.IDLE)
 
     def held(self) -> int:
         return self.cache.bytes().held
