@@ -344,6 +344,8 @@ def test_memory_is_asked_for_ahead_and_once(model: Model) -> None:
     )
     assert 0 < found["allocating_hidden_share"] < 1
     assert found["store_calls"]["grow"]["calls"] == 7
+    # Three parts of the prompt, the last of which gives the first token.
+    assert [found["spans"][kind]["steps"] for kind in ("mixed", "decodes")] == [3, 4]
 
 
 def test_who_comes_while_the_device_computes_begins_with_the_next_step(model: Model) -> None:

@@ -143,8 +143,9 @@ impl Buffer {
                 "extents of up to {largest} can't be: use a power of two of at least a granule, {granule}"
             )));
         }
-        let reservation = Reservation::new(&driver, size)
-            .map_err(|error| error.context(format!("reserving {size} of addresses for a buffer; use a smaller one")))?;
+        let reservation = Reservation::new(&driver, size).map_err(|error| {
+            error.context(format!("reserving {size} of addresses for a buffer; use a smaller one"))
+        })?;
         let extents = Extents::new(driver.clone(), Arc::clone(&reservation), largest);
         let state = State { extents, committed: Ranges::default(), moving: false };
         Ok(Self { state: Ranked::new(state), reservation, driver })

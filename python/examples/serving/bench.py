@@ -113,6 +113,17 @@ def summary(requests: list[Request], report: Report) -> dict[str, Any]:
                 (round(moment.at, 3), moment.active, moment.held) for moment in thinned(report.moments)
             ],
         },
+        "spans": {
+            name: {
+                "steps": len(spans),
+                "launching": quantiles([span.launching for span in spans]),
+                "computing": quantiles([span.computing for span in spans]),
+            }
+            for name, spans in (
+                ("mixed", [span for span in report.spans if span.mixed]),
+                ("decodes", [span for span in report.spans if not span.mixed]),
+            )
+        },
         "prefills": report.prefills,
         "decodes": {
             "steps": len(report.decodes),

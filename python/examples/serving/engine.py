@@ -133,6 +133,17 @@ class Moment(NamedTuple):
     """Bytes that the store holds."""
 
 
+class Span(NamedTuple):
+    """Where a step's time went."""
+
+    mixed: bool
+    """Whether parts of prompts were computed beside decodes."""
+    launching: float
+    """Seconds until all of it was launched."""
+    computing: float
+    """Seconds from then on until its tokens were there: little where the host is the limit."""
+
+
 class Call(NamedTuple):
     """One of the store's calls."""
 
@@ -155,6 +166,8 @@ class Report:
     """The store's: admission, growth, release."""
     moments: list[Moment] = field(default_factory=list)
     """After each step."""
+    spans: list[Span] = field(default_factory=list)
+    """Of each step."""
     prefills: list[tuple[int, int]] = field(default_factory=list)
     """Each part of a prompt that was computed: how many tokens, and how many the request then held."""
     decodes: list[tuple[int, int]] = field(default_factory=list)
@@ -237,6 +250,7 @@ class Engine:
     def step(self) -> None:
         """One iteration."""
         self.preempted = False
+        began = self.now()
         chunk = self.choose()
         report, decoding, active, refused = self.report, self.decoding, len(self.running), self.refused
         report.steps += 1
@@ -252,9 +266,11 @@ class Engine:
         if self.on_logits:
             self.on_logits(asked, logits)
         chosen = sample(logits, [request.sampling for request in asked])
+        launched = self.now()
         self.look_ahead(chunk)
         tokens = chosen.tolist()
         now = self.now()
+        report.spans.append(Span(bool(chunk), launched - began, now - launched))
         decoding.kept += 1
         for request, new in zip(chunk.requests, chunk.new):
             request.kept += new
