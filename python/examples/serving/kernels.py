@@ -121,13 +121,21 @@ class ReferenceDecode(Decode):
         return torch.cat((self.inner.run(layer, query[:count]), torch.zeros_like(query[count:])))
 
 
+@cache
+def fa3() -> Callable[..., tuple[torch.Tensor, ...]]:
+    """FlashAttention-3's operator, as `flash_attn_with_kvcache` calls it. That one is an operator in Python around it,
+    which is called once a layer and prompt here."""
+    import fa3_fwd._C  # noqa: F401  (registers it)
+
+    attend: Callable[..., tuple[torch.Tensor, ...]] = torch.ops.fa3_fwd.fwd
+    return attend
+
+
 class Fa3Prefill(Prefill):
     """FlashAttention-3 over each request's exact view: no tile past its end is loaded."""
 
     def __init__(self, store: Slots, heads: int) -> None:
-        from fa3_fwd_interface import flash_attn_with_kvcache
-
-        self.store, self.attend = store, flash_attn_with_kvcache
+        self.store, self.attend = store, fa3()
 
     def plan(self, places: numpy.ndarray, new: numpy.ndarray, totals: numpy.ndarray) -> None:
         self.new = new.tolist()
@@ -135,22 +143,18 @@ class Fa3Prefill(Prefill):
 
     def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         keys, values = self.store.slot_keys[layer], self.store.slot_values[layer]
-        outputs = [
-            self.attend(
-                part[None], keys[slot : slot + 1, :total], values[slot : slot + 1, :total], causal=True
-            )[0]
-            for part, (slot, total) in zip(query.split(self.new), self.at)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        output = torch.empty_like(query)
+        for part, out, (slot, total) in zip(query.split(self.new), output.split(self.new), self.at):
+            one = slice(slot, slot + 1)
+            self.attend(part[None], keys[one, :total], values[one, :total], out=out[None], is_causal=True)
+        return output
 
 
 class Fa3Decode(Decode):
     """FlashAttention-3 over the whole tensor, with slots and lengths given. It loads whole tiles."""
 
     def __init__(self, store: Slots, heads: int, width: int) -> None:
-        from fa3_fwd_interface import flash_attn_with_kvcache
-
-        self.store, self.attend = store, flash_attn_with_kvcache
+        self.store, self.attend = store, fa3()
         self.spare = store.spare_row // store.stride
         self.host = torch.empty(2, width, dtype=torch.int32, pin_memory=True)
         self.both = torch.empty(2, width, dtype=torch.int32, device=store.shape.device)
@@ -167,10 +171,10 @@ class Fa3Decode(Decode):
             query[:, None],
             self.store.slot_keys[layer],
             self.store.slot_values[layer],
-            cache_seqlens=self.lengths,
-            cache_batch_idx=self.slots,
-            causal=True,
-        )[:, 0]
+            seqused_k=self.lengths,
+            kv_batch_idx=self.slots,
+            is_causal=True,
+        )[0][:, 0]
 
 
 class FlashInferPrefill(Prefill):
