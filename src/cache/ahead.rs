@@ -157,7 +157,8 @@ impl Core {
         };
         let mut ahead = table.ahead();
         // What is mapped ahead already will soon be needed, and is not left to be generous with.
-        let mut room = Room::new(left.saturating_sub(ahead), budget, wide(layout.tensors().len()));
+        let mut room =
+            Room::new(left.saturating_sub(ahead), budget, wide(layout.tensors().len()), table.in_use());
         let runs_due = wide(due.len() * layout.tensors().len());
         let share = pace.left(self.counters.steps.get(), runs_due);
         let mut found = Found::default();

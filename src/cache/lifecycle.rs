@@ -19,7 +19,8 @@ impl Core {
         let (id, adopts, fences) = {
             let mut table = self.table.lock();
             let budget = self.pool.lock().budget();
-            let short = Room::new(table.left_of(budget), budget, wide(self.tensors.len())).is_short();
+            let tensors = wide(self.tensors.len());
+            let short = Room::new(table.left_of(budget), budget, tensors, table.in_use()).is_short();
             let (id, adopts) = table.acquire(hint, short)?;
             let fences = table.fences(id.index()).to_vec();
             if fences.is_empty() {

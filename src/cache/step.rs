@@ -272,7 +272,7 @@ fn sketch(
         ));
     };
 
-    let mut room = Room::new(left, budget, wide(layout.tensors().len()));
+    let mut room = Room::new(left, budget, wide(layout.tensors().len()), table.in_use());
     let mut changes = Vec::new();
     let mut moves = false;
     for entry in beyond {

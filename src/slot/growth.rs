@@ -23,7 +23,7 @@ const GROWN_DIVISOR: u64 = 3;
 const SHORT_DIVISOR: u64 = 10;
 /// No single rounding takes more than this share of what is left,
 const ROUNDING_DIVISOR: u64 = 8;
-/// and no growth more than this one.
+/// and no growth more than this one, or than one slot's of all in use.
 const GROWTH_DIVISOR: u64 = 2;
 
 /// How generous one tensor may be: in granules, from constants in tokens.
@@ -93,13 +93,20 @@ fn power_of_two(granules: Granules) -> Granules {
 pub(crate) struct Room {
     left: Granules,
     tensors: u64,
+    slots: u64,
     short: bool,
 }
 
 impl Room {
-    /// `left` granules beyond what the operation must have, of `budget` in all, for so many tensors.
-    pub(crate) fn new(left: Granules, budget: Granules, tensors: u64) -> Self {
-        Self { left, tensors, short: left.get() < budget.get() / SHORT_DIVISOR }
+    /// `left` granules beyond what the operation must have, of `budget` in all, for so many tensors of so many
+    /// slots in use.
+    pub(crate) fn new(left: Granules, budget: Granules, tensors: u64, slots: u64) -> Self {
+        Self { left, tensors, slots: slots.max(1), short: left.get() < budget.get() / SHORT_DIVISOR }
+    }
+
+    /// What one growth may take: all other slots in use may want as much.
+    fn growth(&self) -> Granules {
+        self.share(GROWTH_DIVISOR.max(self.slots))
     }
 
     pub(crate) fn is_short(&self) -> bool {
@@ -147,7 +154,7 @@ pub(crate) fn change(
     terms: &Generosity,
     room: &mut Room,
 ) -> Change {
-    let growth = power_of_two(terms.grown(need, prompt).min(room.share(GROWTH_DIVISOR)));
+    let growth = power_of_two(terms.grown(need, prompt).min(room.growth()));
     let (keep, end) = match run.covering(need) {
         Some(pieces) => {
             let over = run.boundary(pieces) - need;
@@ -218,7 +225,7 @@ mod tests {
     #[test]
     fn a_prompt_is_rounded_and_growth_is_not_one_granule_at_a_time() {
         let (run, terms) = (Run::default(), terms(32));
-        let plenty = || Room::new(granules(10_000), granules(10_000), 2);
+        let plenty = || Room::new(granules(10_000), granules(10_000), 2, 4);
         let first =
             change(&run, granules(37), (granules(0), granules(0)), granules(4096), &terms, &mut plenty());
         assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(2) });
@@ -230,9 +237,22 @@ mod tests {
     }
 
     #[test]
+    fn growth_leaves_as_much_for_every_other_slot() {
+        let (run, terms) = (Run::default(), terms(32));
+        let grown = |left, slots| {
+            let mut room = Room::new(granules(left), granules(10_000), 2, slots);
+            change(&run, granules(1), (granules(37), granules(0)), granules(4096), &terms, &mut room)
+        };
+        let to = |end| Change::Extend { keep: 0, to: granules(end), slack: granules(0) };
+        // Two granules for each of two tensors of 50 slots; one less, and growth asks for no more than is needed.
+        assert_eq!([grown(200, 50), grown(199, 49)], [to(2), to(2)]);
+        assert!(matches!(grown(199, 50), Change::Extend { keep: 0, to, .. } if to == granules(1)));
+    }
+
+    #[test]
     fn without_room_nothing_is_rounded() {
         let (run, terms) = (Run::default(), terms(32));
-        let mut none = Room::new(granules(0), granules(10_000), 2);
+        let mut none = Room::new(granules(0), granules(10_000), 2, 4);
         assert!(none.is_short());
         let first = change(&run, granules(37), (granules(0), granules(0)), granules(4096), &terms, &mut none);
         assert_eq!(first, Change::Extend { keep: 0, to: granules(37), slack: granules(0) });

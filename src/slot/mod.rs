@@ -338,6 +338,11 @@ impl SlotTable {
         limit.saturating_sub(self.frontier + self.quarantined)
     }
 
+    /// Slots that somebody has.
+    pub(crate) fn in_use(&self) -> u64 {
+        self.active
+    }
+
     /// Granules that are mapped and hold nobody's tokens.
     pub(crate) fn parked(&self) -> Granules {
         self.backed - self.frontier
