@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from bench import fresh, summary
 from choices import Choice
 from engine import Chunk, Engine, Request
 from model import Config, Model
+from passes import Mixed
 from sampling import Sampling, sample
 from store import Shape, Store
 from store_paged import Paged
@@ -107,6 +108,63 @@ def serve(store: Store, model: Model, alone: list[list[int]], tight: bool) -> No
         # All pages and slots but the spare one.
         count = store.pool.shape[2] - 1  # type: ignore[attr-defined]
         assert len(store.free) == count  # type: ignore[attr-defined]
+
+
+class Stretch:
+    """What replays a stretch where there are no graphs."""
+
+    def __init__(self, replay: Callable[[], Any]) -> None:
+        self.replay = replay
+
+
+class Replayed(Mixed):
+    """Passes from stretches that are replayed one by one, as from graphs."""
+
+    widths: set[int]
+
+    def capture(self, width: int) -> None:
+        self.widths = {*getattr(self, "widths", ()), width}
+        normed = torch.full((width, self.model.config.hidden), torch.nan)
+        under_way: list[Iterator[int]] = []
+
+        def first() -> None:
+            under_way[:] = [self.stretches(width)]
+            next(under_way[0])
+
+        def last() -> None:
+            assert next(under_way[0], None) is None
+            normed.copy_(self.normed)
+
+        between = [Stretch(lambda: next(under_way[0])) for _ in range(self.model.config.layers - 1)]
+        self.graphs[width] = [Stretch(first), *between, Stretch(last)], normed  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", ["paged, tight", "vattn"])
+def test_a_padded_pass_answers_the_same(name: str, model: Model, alone: list[list[int]]) -> None:
+    store = STORES[name]()
+    try:
+        served, engine = requests(), Engine(model, store, chunk=200)
+        engine.mixed = mixed = Replayed(model, store, 200, pool=(0, 0))
+        engine.run(served)
+        assert [request.tokens for request in served] == alone
+        # Of more than one width, and none of the requests' own lengths.
+        assert mixed.widths == {128, 256}
+    finally:
+        store.close()
+
+
+def test_wide_passes_are_launched_kernel_by_kernel(model: Model) -> None:
+    mixed = Mixed(model, Static(shape(512)), 4000, pool=(0, 0))
+    assert [mixed.width(count) for count in (1, 128, 129, 2048, 2049, 4000)] == [
+        128,
+        128,
+        256,
+        2048,
+        2049,
+        4000,
+    ]
+    assert len(mixed.query) >= 4000 + 15
+    assert Mixed(model, Static(shape(512)), 4000, pool=None).width(5) == 5
 
 
 def test_a_request_that_can_never_fit_is_refused(model: Model) -> None:
@@ -423,7 +481,7 @@ def test_a_plan_is_dropped_where_another_request_was_computed_since(model: Model
 
         def decode_step(self) -> Any:
             logits = super().decode_step()
-            positions = self.batch(len(self.decoding)).positions[: len(self.decoding)]
+            positions = self.batch(len(self.decoding)).buffer.view(3, -1)[1, : len(self.decoding)]
             assert positions.tolist() == self.decoding.kept.tolist()
             return logits
 

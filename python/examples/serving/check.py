@@ -19,8 +19,9 @@ import numpy
 import torch
 from choices import Choice
 from kernel_times import CHOICES, fill
-from kernels import DECODE, PREFILL, ReferencePrefill, captured, names
+from kernels import DECODE, PREFILL, Decode, Prefill, ReferencePrefill, names
 from model import Config
+from passes import captured
 from store import Shape, Store
 
 LENGTHS = (1, 15, 16, 17, 300, 1000, 2500, 4000)
@@ -42,6 +43,13 @@ def error(found: torch.Tensor, right: torch.Tensor) -> float:
     return math.inf if math.isnan(most) else most
 
 
+def answered(kernel: Prefill | Decode, layer: int, query: torch.Tensor) -> torch.Tensor:
+    """A kernel's output."""
+    out = torch.full_like(query, math.nan)
+    kernel.run(layer, query, out)
+    return out
+
+
 def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
     """Of prefill, of decode, and of decode in a graph that was captured for other requests."""
     store = choice.open(shape)
@@ -55,7 +63,7 @@ def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
             return torch.randn(count, heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
 
         def compare(what: str, given: torch.Tensor, layer: int, of: torch.Tensor) -> None:
-            found[what] = max(found[what], error(given, reference.run(layer, of)))
+            found[what] = max(found[what], error(given, answered(reference, layer, of)))
 
         prefill_name, decode_name = names(store, choice.prefill, choice.decode)
         prefill = PREFILL[prefill_name](store, heads)
@@ -64,7 +72,7 @@ def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
         reference.plan(places, new, lengths)
         asked = query(int(new.sum()))
         for layer in range(shape.layers):
-            compare("prefill", prefill.run(layer, asked), layer, asked)
+            compare("prefill", answered(prefill, layer, asked), layer, asked)
 
         decode = DECODE[decode_name](store, heads, WIDTH)
         asked = query(WIDTH)
@@ -75,7 +83,7 @@ def errors(choice: Choice, shape: Shape, heads: int) -> dict[str, float]:
             reference.plan(places[which], numpy.ones(len(which), numpy.int64), lengths[which])
 
         def all_layers() -> list[torch.Tensor]:
-            return [decode.run(layer, asked) for layer in range(shape.layers)]
+            return [answered(decode, layer, asked) for layer in range(shape.layers)]
 
         if on_card:
             planned([])

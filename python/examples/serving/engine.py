@@ -16,8 +16,9 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy
 import torch
-from kernels import DECODE, PREFILL, captured, names
+from kernels import PREFILL, names
 from model import Model
+from passes import WIDTHS, Batch, Mixed, wide
 from sampling import Sampling, sample
 from store import Store
 
@@ -195,6 +196,7 @@ class Engine:
         self.prefill = PREFILL[self.prefill_name](store, model.config.heads)
         self.graphs = graphs and store.shape.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self.mixed = Mixed(model, store, max(chunk, store.shape.most), self.pool)
         self.on_logits = on_logits
         self.batches: dict[int, Batch] = {}
         self.waiting: deque[Request] = deque()
@@ -220,6 +222,7 @@ class Engine:
 
     def prepare(self) -> None:
         """Captures all batches that may be needed, the widest first: later ones then share its memory."""
+        self.mixed.prepare(self.chunk)
         for width in reversed([width for width in WIDTHS if width <= wide(self.store.shape.most)]):
             self.batch(width)
 
@@ -448,34 +451,34 @@ class Engine:
 
     def mixed_step(self, chunk: Chunk) -> torch.Tensor:
         """The same, and of each request whose prompt this chunk ends."""
-        decodes, totals, device = len(self.decoding), chunk.totals, self.model.device
-        batch = self.batch(decodes, captured=False) if decodes else None
-        width = batch.width if batch else 0
-        if batch:
-            self.decoding.planned = None
-            batch.plan(self.decoding.places, self.decoding.kept)
-            batch.fill([request.tokens[-1] for request in self.decoding.requests])
-        parts = []
+        decoding, mixed, totals = self.decoding, self.mixed, chunk.totals
+        decodes, new = len(decoding), sum(chunk.new)
+        decoding.planned = None
         self.prefill.plan(chunk.places, numpy.array(chunk.new, numpy.int64), totals)
-        asked, at = list(range(decodes)), width
-        for request, new, end in zip(chunk.requests, chunk.new, totals.tolist()):
+        # The decodes' tokens come last: a batch's padding is behind them, where nothing is computed.
+        asked, parts, at = list(range(new, new + decodes)), [], 0
+        for request, count, end in zip(chunk.requests, chunk.new, totals.tolist()):
             positions = numpy.arange(request.kept, end)
             rows = self.store.rows(request.place, positions)
             parts.append(numpy.stack((numpy.array(request.part(request.kept, end)), positions, rows)))
-            at += new
+            at += count
             if end == request.total:
                 asked.append(at - 1)
-        inputs = torch.from_numpy(numpy.concatenate(parts, axis=1)).to(device)
-        tokens, positions, rows = torch.cat((batch.buffer, inputs), dim=1) if batch else inputs
+        batch = self.batch(decodes, captured=False) if decodes else None
+        if batch:
+            batch.kernel.plan(decoding.places, decoding.kept + 1)
+            last = numpy.array([request.tokens[-1] for request in decoding.requests])
+            parts.append(numpy.stack((last, decoding.kept, self.store.rows(decoding.places, decoding.kept))))
+        mixed.fill(numpy.concatenate(parts, axis=1))
+        prompts, others = slice(new), slice(new, new + (batch.width if batch else 0))
 
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.store.write(layer, rows, key, value)
-            after = self.prefill.run(layer, query[width:])
-            return torch.cat((batch.kernel.run(layer, query[:width]), after)) if batch else after
+        def attend(layer: int) -> None:
+            self.prefill.run(layer, mixed.query[prompts], mixed.attended[prompts])
+            if batch:
+                batch.kernel.run(layer, mixed.query[others], mixed.attended[others])
 
-        return self.model.forward(
-            tokens, positions, torch.tensor(asked, dtype=torch.int64, device=device), attend
-        )
+        last_rows = torch.tensor(asked, dtype=torch.int64).to(self.model.device)
+        return self.model.logits(mixed.forward(new + decodes, attend)[last_rows])
 
     def batch(self, count: int, captured: bool = True) -> Batch:
         """The smallest batch that takes so many requests, captured when it is first needed."""
@@ -486,73 +489,3 @@ class Engine:
         if captured and self.graphs and batch.graph is None:
             batch.capture(self.pool)
         return batch
-
-
-WIDTHS = [1, 2, 4, 8, *range(16, 1009, 16)]
-"""How many requests the batches take. FlashInfer's scratch memory suffices for these."""
-
-
-def wide(count: int) -> int:
-    """The width of the smallest batch for so many requests."""
-    return next(width for width in WIDTHS if width >= count)
-
-
-class Batch:
-    """Decoding for a fixed number of requests, from buffers that stay where they are."""
-
-    def __init__(self, model: Model, store: Store, decode: str, width: int) -> None:
-        self.model, self.store, self.width = model, store, width
-        self.kernel = DECODE[decode](store, model.config.heads, width)
-        on_card = store.shape.device.type == "cuda"
-        self.host = torch.zeros(3, width, dtype=torch.int64, pin_memory=on_card)
-        self.buffer = torch.zeros(3, width, dtype=torch.int64, device=store.shape.device)
-        self.tokens, self.positions, self.rows = self.buffer
-        self.graph: torch.cuda.CUDAGraph | None = None
-        #: What the device has to reach before the host's side of a plan may be written anew.
-        self.copied = torch.cuda.Event() if on_card else None
-
-    def plan(self, places: numpy.ndarray, kept: numpy.ndarray) -> None:
-        """The next pass is for the requests at these places, each of which has so many tokens before its new one. The
-        device may still be in the pass before."""
-        if self.copied:
-            self.copied.synchronize()
-        count = len(places)
-        _, positions, rows = self.host.numpy()
-        positions[:count], positions[count:] = kept, 0
-        rows[:count], rows[count:] = self.store.rows(places, kept), self.store.spare_row
-        self.buffer[1:].copy_(self.host[1:], non_blocking=True)
-        self.kernel.plan(places, kept + 1)
-        if self.copied:
-            self.copied.record()
-
-    def fill(self, tokens: list[int]) -> None:
-        """These are their new tokens. Those of the pass before have been chosen, so its own were read long ago."""
-        self.host[0] = 0
-        self.host.numpy()[0, : len(tokens)] = tokens
-        self.buffer[0].copy_(self.host[0], non_blocking=True)
-
-    @property
-    def ready(self) -> bool:
-        """Whether it need not be captured any more."""
-        return self.graph is not None or self.copied is None
-
-    def forward(self) -> torch.Tensor:
-        """Logits `[width, vocab]`."""
-        if self.graph is None:
-            return self.compute()
-        self.graph.replay()
-        return self.logits
-
-    def compute(self) -> torch.Tensor:
-        return self.model.forward(self.tokens, self.positions, None, self.attend)
-
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self.store.write(layer, self.rows, key, value)
-        return self.kernel.run(layer, query)
-
-    def capture(self, pool: tuple[int, int] | None) -> None:
-        """Records a pass into a graph. All entries are padding meanwhile."""
-        none = numpy.empty(0, numpy.int64)
-        self.plan(none, none)
-        self.fill([])
-        self.graph, self.logits = captured(self.compute, pool)

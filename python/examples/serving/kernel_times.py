@@ -25,8 +25,9 @@ import numpy
 import torch
 from bench import write
 from choices import Choice
-from kernels import DECODE, PREFILL, Decode, Prefill, captured, names
+from kernels import DECODE, PREFILL, Decode, Prefill, names
 from model import Config
+from passes import captured
 from store import Shape, Store, forget
 
 LAYERS = 8
@@ -50,9 +51,11 @@ CHOICES = [
 def timed(kernel: Prefill | Decode, query: torch.Tensor) -> float:
     """Microseconds a layer, from a graph: the median of some repeats."""
 
+    out = torch.empty_like(query)
+
     def run() -> None:
         for layer in range(LAYERS):
-            kernel.run(layer, query)
+            kernel.run(layer, query, out)
 
     graph, _ = captured(run)
     found: list[float] = []

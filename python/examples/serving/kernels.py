@@ -12,14 +12,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TypeVar
 
 import numpy
 import torch
 from store import Pages, Slots, Store
 from torch.nn import functional
-
-T = TypeVar("T")
 
 WORKSPACE = 256 << 20
 """Bytes of scratch memory for FlashInfer; its authors recommend 128 MiB at the least."""
@@ -34,25 +31,6 @@ def workspace(device: torch.device) -> torch.Tensor:
     return _workspaces[device]
 
 
-@cache
-def side_stream() -> torch.cuda.Stream:
-    """A stream for what runs once before it is captured."""
-    return torch.cuda.Stream()
-
-
-def captured(run: Callable[[], T], pool: tuple[int, int] | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of what is launched, and what that returned. It runs once before, so that nothing is compiled while it is
-    captured."""
-    side_stream().wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side_stream()):
-        run()
-    torch.cuda.current_stream().wait_stream(side_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        output = run()
-    return graph, output
-
-
 class Decode(ABC):
     """One new token a request."""
 
@@ -62,8 +40,8 @@ class Decode(ABC):
         them."""
 
     @abstractmethod
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """`[width, heads, dim]` to the same."""
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        """From `[width, heads, dim]` to the same."""
 
 
 class Prefill(ABC):
@@ -74,8 +52,8 @@ class Prefill(ABC):
         """What follows is for the requests at these places: how many tokens each has anew, and how many in all."""
 
     @abstractmethod
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """`[new tokens, heads, dim]`, one request's after another's, to the same."""
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        """From `[new tokens, heads, dim]`, one request's after another's, to the same."""
 
 
 class ReferencePrefill(Prefill):
@@ -92,19 +70,17 @@ class ReferencePrefill(Prefill):
             for place, total in zip(places.tolist(), totals.tolist())
         ]
 
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        outputs = []
-        for part, rows in zip(query.split(self.new), self.rows):
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        for part, into, rows in zip(query.split(self.new), out.split(self.new), self.rows):
             keys, values = (
                 rows_of[layer][rows].transpose(0, 1)[None] for rows_of in (self.store.keys, self.store.values)
             )
             count, total = len(part), len(rows)
             seen = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
-            out = functional.scaled_dot_product_attention(
+            answer = functional.scaled_dot_product_attention(
                 part.transpose(0, 1)[None], keys, values, attn_mask=seen, enable_gqa=True
             )
-            outputs.append(out[0].transpose(0, 1))
-        return torch.cat(outputs)
+            into.copy_(answer[0].transpose(0, 1))
 
 
 class ReferenceDecode(Decode):
@@ -116,9 +92,9 @@ class ReferenceDecode(Decode):
     def plan(self, places: numpy.ndarray, totals: numpy.ndarray) -> None:
         self.inner.plan(places, numpy.ones_like(totals), totals)
 
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
         count = len(self.inner.new)
-        return torch.cat((self.inner.run(layer, query[:count]), torch.zeros_like(query[count:])))
+        self.inner.run(layer, query[:count], out[:count])
 
 
 @cache
@@ -141,13 +117,11 @@ class Fa3Prefill(Prefill):
         self.new = new.tolist()
         self.at = list(zip(places.tolist(), totals.tolist()))
 
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
         keys, values = self.store.slot_keys[layer], self.store.slot_values[layer]
-        output = torch.empty_like(query)
-        for part, out, (slot, total) in zip(query.split(self.new), output.split(self.new), self.at):
+        for part, into, (slot, total) in zip(query.split(self.new), out.split(self.new), self.at):
             one = slice(slot, slot + 1)
-            self.attend(part[None], keys[one, :total], values[one, :total], out=out[None], is_causal=True)
-        return output
+            self.attend(part[None], keys[one, :total], values[one, :total], out=into[None], is_causal=True)
 
 
 class Fa3Decode(Decode):
@@ -166,15 +140,16 @@ class Fa3Decode(Decode):
         lengths[:count], lengths[count:] = totals, 1
         self.both.copy_(self.host, non_blocking=True)
 
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        return self.attend(
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        self.attend(
             query[:, None],
             self.store.slot_keys[layer],
             self.store.slot_values[layer],
+            out=out[:, None],
             seqused_k=self.lengths,
             kv_batch_idx=self.slots,
             is_causal=True,
-        )[0][:, 0]
+        )
 
 
 class FlashInferPrefill(Prefill):
@@ -205,8 +180,8 @@ class FlashInferPrefill(Prefill):
             kv_data_type=shape.dtype,
         )
 
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        return self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]))
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]), out=out)
 
 
 class FlashInferDecode(Decode):
@@ -247,8 +222,8 @@ class FlashInferDecode(Decode):
             kv_data_type=shape.dtype,
         )
 
-    def run(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        return self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]))
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]), out=out)
 
 
 PREFILL: dict[str, Callable[..., Prefill]] = {

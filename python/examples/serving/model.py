@@ -1,11 +1,10 @@
 """A Llama-family model over flat rows of tokens: weights, and one forward pass.
 
-Owns the weights and the arithmetic of the layers. Refuses to know where keys and values are kept: a forward pass
-gives each layer's to an `attend` function, which keeps them and answers the attention's output. So the same
-model runs over any cache.
+Owns the weights and the arithmetic of the layers. Refuses to know where keys and values are kept: a forward pass is
+`enter`, then for each layer `project`, attention, which is computed elsewhere, and `leave`, and at last `logits`. So the
+same model runs over any cache.
 
-Shapes: `tokens` and `positions` are `[n]`, of all sequences of a step one after another; logits `[m, vocab]` for
-the m rows that are asked for.
+Shapes: `tokens` and `positions` are `[n]`, of all sequences of a step one after another.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""`(layer, query [n, heads, dim], key [n, kv_heads, dim], value) -> [n, heads, dim]`."""
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines `[n, 1, head_dim / 2]`."""
 
 
 @dataclass(frozen=True)
@@ -189,40 +188,57 @@ class Model:
         head = embedding if config.tied else of("lm_head.weight")
         return cls(config, embedding, layers, of("model.norm.weight"), head, longest)
 
-    def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, asked: torch.Tensor | None, attend: Attend
-    ) -> torch.Tensor:
-        """One pass. `asked` names the rows whose logits are wanted; `None` is all of them."""
-        config, steps = self.config, self.steps
+    def enter(
+        self, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Angles]:
+        """A pass begins: the states, the same normed for the first layer, and by which angles to rotate."""
         hidden = functional.embedding(tokens, self.embedding)
-        cosine, sine = self.cosine[positions][:, None], self.sine[positions][:, None]
-        normed = functional.rms_norm(hidden, (config.hidden,), self.layers[0].input_norm, config.eps)
-        for number, layer in enumerate(self.layers):
-            query, key, value = (
-                part.unflatten(-1, (-1, config.head_dim))
-                for part in functional.linear(normed, layer.qkv).split(self.widths, dim=-1)
-            )
-            query, key = steps.rotated(query, key, cosine, sine)
-            attended = functional.linear(attend(number, query, key, value).flatten(1), layer.out)
-            hidden, normed = steps.added(hidden, attended, layer.ffn_norm, config.eps)
-            gated = steps.gated(functional.linear(normed, layer.gate_up))
-            # The norm of what comes next: of the next layer, or the model's last.
-            norm = self.layers[number + 1].input_norm if number + 1 < config.layers else self.norm
-            hidden, normed = steps.added(hidden, functional.linear(gated, layer.down), norm, config.eps)
-        return functional.linear(normed if asked is None else normed[asked], self.head)
+        normed = functional.rms_norm(
+            hidden, (self.config.hidden,), self.layers[0].input_norm, self.config.eps
+        )
+        return hidden, normed, (self.cosine[positions][:, None], self.sine[positions][:, None])
+
+    def project(
+        self, number: int, normed: torch.Tensor, angles: Angles, query: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer up to its attention. The queries go to `query`, `[n, heads, dim]`; returns keys and values, `[n,
+        kv_heads, dim]`."""
+        asked, key, value = (
+            part.unflatten(-1, (-1, self.config.head_dim))
+            for part in functional.linear(normed, self.layers[number].qkv).split(self.widths, dim=-1)
+        )
+        return self.steps.rotated(asked, key, *angles, query), value
+
+    def leave(
+        self, number: int, hidden: torch.Tensor, attended: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer from its attention's output on: the states, and the same normed for what comes next."""
+        layer, eps = self.layers[number], self.config.eps
+        attended = functional.linear(attended.flatten(1), layer.out)
+        hidden, normed = self.steps.added(hidden, attended, layer.ffn_norm, eps)
+        gated = self.steps.gated(functional.linear(normed, layer.gate_up))
+        # Of the next layer, or the model's last.
+        norm = self.layers[number + 1].input_norm if number + 1 < self.config.layers else self.norm
+        return self.steps.added(hidden, functional.linear(gated, layer.down), norm, eps)
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """`[m, vocab]` of what the last layer left of `m` tokens."""
+        return functional.linear(normed, self.head)
 
 
 def rotated(
-    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary position embedding, the halves of a head's elements rotated against each other."""
+    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Rotary position embedding, the halves of a head's elements rotated against each other: of the queries into `out`,
+    and of the keys."""
 
     def turned(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
         both = first * cosine - second * sine, second * cosine + first * sine
         return torch.cat(both, dim=-1).to(x.dtype)
 
-    return turned(query), turned(key)
+    out.copy_(turned(query))
+    return turned(key)
 
 
 def added(
@@ -242,7 +258,7 @@ def gated(both: torch.Tensor) -> torch.Tensor:
 class Steps(NamedTuple):
     """What lies between the multiplications."""
 
-    rotated: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rotated: Callable[..., torch.Tensor]
     added: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     gated: Callable[[torch.Tensor], torch.Tensor]
 
