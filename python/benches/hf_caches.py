@@ -357,6 +357,8 @@ def markdown(report: dict[str, Any]) -> str:
         )
         ratio = shape["timing"]["ratio_to_fastest_of_others"]
         lines.append(f"| {shape['name']} | {cells} | {ratio:.3f} | {first} |")
+    if "compiled" in report:
+        lines += ["", f"StaticCache compiled, {report['compiled']['name']}: {report['compiled']['text']}"]
     answered = [shape for shape in report["shapes"] if shape["answers"]]
     if not answered:
         return "\n".join(lines) + "\n"
@@ -386,8 +388,6 @@ def markdown(report: dict[str, Any]) -> str:
             f"{tokens['largest_margin_of_those_that_differ']:.4f} | "
             f"{control['differ']} of {control['positions']} | {control['largest_margin_of_those_that_differ']:.4f} |"
         )
-    if "compiled" in report:
-        lines += ["", f"StaticCache compiled, {report['compiled']['name']}: {report['compiled']['text']}"]
     return "\n".join(lines) + "\n"
 
 
