@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import check
 import head_to_head
 import kernel_times
 import kernels
+import numpy
 from bench import fresh, summary
 from choices import Choice
 from engine import Chunk, Engine, Request
@@ -120,11 +122,8 @@ class Stretch:
 class Replayed(Mixed):
     """Passes from stretches that are replayed one by one, as from graphs."""
 
-    widths: set[int]
-
-    def capture(self, width: int) -> None:
-        self.widths = {*getattr(self, "widths", ()), width}
-        normed = torch.full((width, self.model.config.hidden), torch.nan)
+    def recorded(self, width: int) -> Any:
+        normed = self.normed = torch.full_like(self.normed, torch.nan)
         under_way: list[Iterator[int]] = []
 
         def first() -> None:
@@ -135,20 +134,27 @@ class Replayed(Mixed):
             assert next(under_way[0], None) is None
             normed.copy_(self.normed)
 
-        between = [Stretch(lambda: next(under_way[0])) for _ in range(self.model.config.layers - 1)]
-        self.graphs[width] = [Stretch(first), *between, Stretch(last)], normed  # type: ignore[assignment]
+        between = [lambda: next(under_way[0])] * (self.model.config.layers - 1)
+        return [Stretch(replay) for replay in (first, *between, last)]
 
 
 @pytest.mark.parametrize("name", ["paged, tight", "vattn"])
-def test_a_padded_pass_answers_the_same(name: str, model: Model, alone: list[list[int]]) -> None:
+def test_a_padded_pass_answers_the_same(
+    name: str, model: Model, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("passes.aside", nullcontext)
     store = STORES[name]()
     try:
         served, engine = requests(), Engine(model, store, chunk=200)
         engine.mixed = mixed = Replayed(model, store, 200, pool=(0, 0))
+        # Before any request has memory: padding reaches nobody's.
+        mixed.prepare(200)
+        assert set(mixed.graphs) == {128, 256}
         engine.run(served)
         assert [request.tokens for request in served] == alone
-        # Of more than one width, and none of the requests' own lengths.
-        assert mixed.widths == {128, 256}
+        del mixed.graphs[128]
+        mixed.fill(numpy.zeros((3, 1), numpy.int64))
+        assert set(mixed.graphs) == {128, 256}
     finally:
         store.close()
 

@@ -119,23 +119,22 @@ class Mixed(Pass):
         of the pass before have been read."""
         count = tokens.shape[1]
         width = self.width(count)
-        host = self.host[: 3 * width].view(3, width)
-        lines = host.numpy()
+        if self.replayed(count) and width not in self.graphs:
+            self.capture(width)
+        given = self.host[: 3 * width]
+        lines = given.view(3, width).numpy()
         lines[:, :count] = tokens
         lines[:, count:] = [[0], [0], [self.store.spare_row]]
-        self.buffer[: 3 * width].copy_(self.host[: 3 * width], non_blocking=True)
+        self.buffer[: 3 * width].copy_(given, non_blocking=True)
 
     def forward(self, count: int, attend: Callable[[int], None]) -> torch.Tensor:
-        """The last layer's output `[count or more, hidden]`; `attend` computes a layer's attention, from `query` to
-        `attended`."""
-        width = self.width(count)
+        """The last layer's output of so many tokens, `[count or more, hidden]`. `attend` computes a layer's attention, from
+        `query` to `attended`."""
         if not self.replayed(count):
-            for layer in self.stretches(width):
+            for layer in self.stretches(count):
                 attend(layer)
             return self.normed
-        if width not in self.graphs:
-            self.capture(width)
-        graphs, normed = self.graphs[width]
+        graphs, normed = self.graphs[self.width(count)]
         for layer, graph in enumerate(graphs):
             graph.replay()
             if layer < self.model.config.layers:
@@ -148,11 +147,18 @@ class Mixed(Pass):
             self.capture(width)
 
     def capture(self, width: int) -> None:
-        """Records each stretch of so many tokens."""
+        """Captures a pass of so many tokens, all of them padding meanwhile."""
+        padding = self.buffer[: 3 * width].view(3, width)
+        padding[:2] = 0
+        padding[2] = self.store.spare_row
         with aside():
-            # Once before, so that nothing is compiled while it is captured.
+            # Once before, so that nothing is compiled while it is recorded.
             for _ in self.stretches(width):
                 pass
+        self.graphs[width] = self.recorded(width), self.normed
+
+    def recorded(self, width: int) -> list[torch.cuda.CUDAGraph]:
+        """A graph of each stretch."""
         torch.cuda.synchronize()
         graphs, stretches, on = [], self.stretches(width), True
         with aside():
@@ -162,7 +168,7 @@ class Mixed(Pass):
                 on = next(stretches, None) is not None
                 graph.capture_end()
                 graphs.append(graph)
-        self.graphs[width] = graphs, self.normed
+        return graphs
 
 
 class Batch(Pass):
