@@ -24,8 +24,15 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plots
+from matplotlib import ticker
+
+# Text stays text: small, and a reader can find and copy it.
+plots.rcParams["svg.fonttype"] = "none"
 
 Runs = list[dict[str, Any]]
+
+PARTS = ["long", "decode", "online", "tight", "agreement", "kernels"]
+"""The files of a folder, in the order of the page."""
 
 COLOURS = {"vattn": "#1b6ca8", "paged": "#c8553d", "static": "#7a7a7a"}
 
@@ -125,6 +132,8 @@ def shares(results: dict[str, Runs], of: str, scale: float) -> Callable[[plots.A
             share = [(at + 1) / len(found) for at in range(len(found))]
             axes.plot(found, share, label=name, color=COLOURS.get(name))
         axes.set_xscale("log")
+        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            which(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
 
     return draw
 
@@ -189,7 +198,44 @@ def computed(told: dict[str, Any], kernels: Runs) -> dict[str, float]:
     return found
 
 
+def compared(told: dict[str, Any], kernels: Runs) -> list[str]:
+    """A workload's medians of `vattn` by those of `paged`, and what the kernels say; a cell each."""
+    ours, theirs = of_store(told["results"], "vattn"), of_store(told["results"], "paged")
+
+    def ratio(of: Callable[[dict[str, Any]], float]) -> str:
+        at = middle(theirs, of) if ours and theirs else 0.0
+        return f"{middle(ours, of) / at:.3f}" if at else ""
+
+    # Where requests arrive one by one, those times are not the run's.
+    found = {} if told.get("search") else computed(told, kernels)
+    known = [found.get(name) for name in ("predicted_ratio", "FA3, page 128: ratio")]
+    said = [f"{value:.3f}" if value else "" for value in known]
+    return [ratio(lambda run: run["tokens_per_second"]), *said, *(ratio(of) for _, of in AGAINST)]
+
+
+AGAINST: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+    ("TTFT p50", lambda run: run["ttft"]["p50"]),
+    ("time a token p50", lambda run: run["tpot"].get("p50", 0.0)),
+    ("mean active", lambda run: run["mean_active"]),
+    ("most memory", lambda run: run["most_held"]),
+]
+"""What is compared beside the throughput."""
+
+
 # ---- parts ----
+
+
+def part_summary(told: dict[str, dict[str, Any]], kernels: Runs) -> str:
+    """All workloads, a line each."""
+    head = [
+        "vattn by paged",
+        "tokens/s",
+        "as the kernels say",
+        "to paged with FA3's own pages of 128 (computed)",
+        *(name for name, _ in AGAINST),
+    ]
+    rows = [[name, *compared(found, kernels)] for name, found in told.items() if "results" in found]
+    return table("Ratios of medians", head, rows)
 
 
 def part_kernels(results: dict[str, Any]) -> str:
@@ -250,11 +296,11 @@ def part_runs(told: dict[str, Any], kernels: Runs) -> str:
         blocks.append(f"<p>Median TTFT of requests alone {alone:.3f} s; of paged by load {tried}.</p>")
     elif found := computed(told, kernels):
         rows = [[name.replace("_", " "), f"{value:.3f}"] for name, value in found.items()]
-        caption = (
+        how = (
             "Computed from the kernels' times, seconds and ratios. Parts of several prompts in one step count each by "
             "itself. FlashAttention-3's own paging is by its ratios for 2,048 new tokens."
         )
-        blocks.append(table(caption, ["", ""], rows))
+        blocks.append(f"<p>{how}</p>{table('', ['', ''], rows)}")
     blocks += [
         drawn(bars(results), "Throughput", "", "tokens/s"),
         drawn(shares(results, "ttft", 1.0), "Time to the first token", "s", "share of requests"),
@@ -267,13 +313,13 @@ def part_runs(told: dict[str, Any], kernels: Runs) -> str:
 
 def page(folder: Path) -> str:
     """All of it."""
-    told = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    paths = [path for name in PARTS if (path := folder / f"{name}.json").exists()]
+    told = {path.stem: json.loads(path.read_text()) for path in paths}
+    # Those that ended before their first run are not there.
+    told = {name: found for name, found in told.items() if any(found.get("results", {"": True}).values())}
     kernels = told.get("kernels", {}).get("entries", [])
-    sections = []
+    sections = [part_summary(told, kernels)]
     for name, found in told.items():
-        if not any(found.get("results", {"": True}).values()):
-            # Ended before its first run.
-            continue
         if "entries" in found:
             block = part_kernels(found)
         elif "to_paged" in found:
