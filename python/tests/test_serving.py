@@ -433,7 +433,7 @@ def test_memory_is_waited_for_from_the_step_in_which_it_is_refused(model: Model)
     assert [moment.active for moment in report.moments] == [1] * 5
 
 
-def test_a_step_is_planned_beside_the_one_before_it_unless_something_comes_between(
+def test_decodes_are_planned_beside_the_step_before_them(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[tuple[list[int], bool]] = []
@@ -445,11 +445,14 @@ def test_a_step_is_planned_beside_the_one_before_it_unless_something_comes_betwe
 
     monkeypatch.setitem(kernels.DECODE, "noting", NotingDecode)
     engine = Watched(model, Paged(shape(400)), decode="noting", chunk=8)
-    report = engine.run([Request([5] * 3, 3), Request([7] * 4, 5)])
-    # The prompts' step shows who decodes; one ends after its third token; the other goes on.
-    assert planned == [([4, 5], False), ([5, 6], True), ([7], False), ([8], True)]
-    # The first one's place is given back beside the next step, the last one's when all is done.
-    assert [call.hidden for call in report.calls if call.name == "end"] == [True, False]
+    engine.batch(2)
+    report = engine.run([Request([5] * 3, 3), Request([7] * 4, 5), Request([9] * 13, 2)])
+    # The third prompt's parts are of 1, 6 and 6 tokens beside them; the first one ends after its third token, where a
+    # batch for one is not there yet, and the third begins to decode.
+    assert report.prefills == [(3, 3), (4, 4), (1, 1), (6, 7), (6, 13)]
+    assert planned == [([4, 5], True), ([5, 6], True), ([7, 14], True), ([8], False)]
+    # A place is given back beside the next step, the last one's when all is done.
+    assert [call.hidden for call in report.calls if call.name == "end"] == [True, True, False]
 
 
 def by_itself(model: Model, prompt: list[int], answer: int) -> list[int]:
@@ -470,7 +473,7 @@ def test_a_plan_for_four_does_not_serve_the_three_that_are_left(model: Model) ->
     assert [request.tokens for request in asked] == right
 
 
-def test_a_plan_is_dropped_where_another_request_was_computed_since(model: Model) -> None:
+def test_what_was_planned_is_computed_whoever_comes_between(model: Model) -> None:
     """The second begins after the first one's plan was made, and is given up in the midst of its prompt."""
     first, second = Request([4, 9, 2, 7], 20), Request(list(range(30, 42)), 3)
     right = [by_itself(model, request.prompt, request.answer) for request in (first, second)]
@@ -481,7 +484,7 @@ def test_a_plan_is_dropped_where_another_request_was_computed_since(model: Model
         def look_ahead(self, chunk: Any) -> None:
             super().look_ahead(chunk)
             if len(first.tokens) == 7:
-                assert self.decoding.planned
+                assert self.decoding.ahead is not None
                 self.waiting.append(second)
                 self.admit(Chunk(), 1)
 
@@ -495,6 +498,13 @@ def test_a_plan_is_dropped_where_another_request_was_computed_since(model: Model
     report = engine.run([first])
     assert report.preempted
     assert [first.tokens, second.tokens] == right
+
+
+def test_without_prefills_attention_everything_else_is_done(model: Model) -> None:
+    """What the limit of a faster kernel is, is measured with it."""
+    runs = [Engine(model, Paged(shape(2000)), prefill=kernel).run(requests(6)) for kernel in (None, "none")]
+    whole, rest = ((run.steps, run.prefills, run.decodes) for run in runs)
+    assert whole == rest
 
 
 class WrongDecode(kernels.ReferenceDecode):

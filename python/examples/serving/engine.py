@@ -77,20 +77,31 @@ class Request:
 class Decoding:
     """The requests that get a token a step, in the order in which they came to it, and their numbers as arrays."""
 
-    planned: Batch | None = None
-    """The batch that is planned for the next step already, if that step is for these and nothing else."""
-
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.places = self.kept = self.most = numpy.empty(0, numpy.int64)
+        #: The places that the next step is planned for already.
+        self.ahead: numpy.ndarray | None = None
 
     def replace(self, requests: list[Request]) -> None:
         """These from now on."""
-        self.requests, self.planned = requests, None
+        self.requests = requests
         self.places = numpy.array([request.place for request in requests], numpy.int64)
         # The last token has no keys and values yet.
         self.kept = numpy.array([request.total - 1 for request in requests], numpy.int64)
         self.most = numpy.array([request.most for request in requests], numpy.int64)
+
+    def plan_ahead(self, batch: Batch, places: numpy.ndarray, kept: numpy.ndarray) -> None:
+        """The next step, it seems, will be for these, which have so many tokens before it."""
+        batch.plan(places, kept)
+        self.ahead = places
+
+    def plan(self, batch: Batch) -> None:
+        """This step is for those that are here. Where that was foreseen, nothing is left to do: no place changes hands
+        from one step's decodes to the next one's."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or not numpy.array_equal(ahead, self.places):
+            batch.plan(self.places, self.kept)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -386,8 +397,8 @@ class Engine:
 
     def look_ahead(self, chunk: Chunk) -> None:
         """What the next step needs, while the device computes this one: memory for one more token of those that go on,
-        for the next parts of prompts, and for the first ones of requests that come; and the kernels' plan where the
-        same requests decode again. What is refused here the next step asks for again."""
+        for the next parts of prompts, and for the first ones of requests that come; and the plan of its decodes. What is
+        refused here the next step asks for again."""
         if self.launched:
             self.launched.record()
             self.computing = self.launched
@@ -409,10 +420,12 @@ class Engine:
             # What was given up is for those that go on; the request would only be ended again.
             self.refused = not backed and bool(self.waiting)
             left = self.admit(parts, left) if backed else 0
-        batch = self.batches.get(wide(len(decoding))) if decoding else None
-        if batch and batch.ready and backed and on.all() and not begun and not parts:
-            decoding.planned = batch
-            batch.plan(decoding.places, decoding.kept + 1)
+        decoding.ahead = None
+        # Whoever goes on has the place in the batch that the next step will give it.
+        places = numpy.concatenate((decoding.places[on], begun.places))
+        batch = self.batches.get(wide(len(places))) if len(places) and backed else None
+        if batch and batch.ready:
+            decoding.plan_ahead(batch, places, numpy.concatenate((decoding.kept[on] + 1, begun.totals - 1)))
         while self.coming and left > 0 and not self.refused and self.busy():
             self.arrive()
             left = self.admit(parts, left)
@@ -442,9 +455,7 @@ class Engine:
     def decode_step(self) -> torch.Tensor:
         """Logits of one more token for each request that decodes."""
         batch, decoding = self.batch(len(self.decoding)), self.decoding
-        if decoding.planned is not batch:
-            batch.plan(decoding.places, decoding.kept)
-        decoding.planned = None
+        decoding.plan(batch)
         batch.fill([request.tokens[-1] for request in decoding.requests])
         self.report.graphed += batch.graph is not None
         return batch.forward()[: len(self.decoding)]
@@ -453,7 +464,6 @@ class Engine:
         """The same, and of each request whose prompt this chunk ends."""
         decoding, mixed, totals = self.decoding, self.mixed, chunk.totals
         decodes, new = len(decoding), sum(chunk.new)
-        decoding.planned = None
         self.prefill.plan(chunk.places, numpy.array(chunk.new, numpy.int64), totals)
         # The decodes' tokens come last: a batch's padding is behind them, where nothing is computed.
         asked, parts, at = list(range(new, new + decodes)), [], 0
@@ -466,7 +476,7 @@ class Engine:
                 asked.append(at - 1)
         batch = self.batch(decodes, captured=False) if decodes else None
         if batch:
-            batch.kernel.plan(decoding.places, decoding.kept + 1)
+            decoding.plan(batch)
             last = numpy.array([request.tokens[-1] for request in decoding.requests])
             parts.append(numpy.stack((last, decoding.kept, self.store.rows(decoding.places, decoding.kept))))
         mixed.fill(numpy.concatenate(parts, axis=1))

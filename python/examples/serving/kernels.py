@@ -226,11 +226,26 @@ class FlashInferDecode(Decode):
         self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]), out=out)
 
 
+class NoPrefill(Prefill):
+    """Computes nothing, so that all tokens are wrong and as many as ever: how long would a run take if prefill's attention
+    took no time at all?"""
+
+    def __init__(self, store: Store, heads: int) -> None:
+        pass
+
+    def plan(self, places: numpy.ndarray, new: numpy.ndarray, totals: numpy.ndarray) -> None:
+        pass
+
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        pass
+
+
 PREFILL: dict[str, Callable[..., Prefill]] = {
     "reference": ReferencePrefill,
     "fa3": Fa3Prefill,
     "flashinfer": FlashInferPrefill,
     "flashinfer-fa2": partial(FlashInferPrefill, backend="fa2"),
+    "none": NoPrefill,
 }
 DECODE: dict[str, Callable[..., Decode]] = {
     "reference": ReferenceDecode,
