@@ -302,6 +302,12 @@ def test_all_of_it_makes_a_page(tmp_path: Path, traces: Path) -> None:
     agreed = json.loads((out / "agreement.json").read_text())
     assert agreed["to_paged"]["vattn"]["positions"] == 8 * 24
     assert agreed["to_paged"]["vattn"]["largest"] < 1e-4 < agreed["to_paged"]["vattn"]["spread_of_logits"]
+    assert list(json.loads((out / "online.json").read_text())["stores"]) == [
+        "vattn",
+        "paged",
+        "static",
+        "bound",
+    ]
     for part in ("long", "decode", "online", "tight"):
         for runs in json.loads((out / f"{part}.json").read_text())["results"].values():
             assert len(runs) == 2

@@ -355,8 +355,8 @@ class Engine:
         Returns how many are left then."""
         while self.waiting and left > 0 and len(self.running) < self.store.shape.most:
             request = self.waiting[0]
-            # It starts with memory for all of its prompt. So had those before it, whose prompts end in this chunk: where
-            # one does not, nothing is left of the chunk.
+            # It starts with memory for all of its prompt. So had those before it, whose prompts end in this chunk:
+            # where one does not, nothing is left of the chunk.
             if not self.timed(self.store.admits, [request.total]):
                 if self.release():
                     continue
@@ -397,8 +397,8 @@ class Engine:
 
     def look_ahead(self, chunk: Chunk) -> None:
         """What the next step needs, while the device computes this one: memory for one more token of those that go on,
-        for the next parts of prompts, and for the first ones of requests that come; and the plan of its decodes. What is
-        refused here the next step asks for again."""
+        for the next parts of prompts, and for the first ones of requests that come; and the plan of its decodes. What
+        is refused here the next step asks for again."""
         if self.launched:
             self.launched.record()
             self.computing = self.launched

@@ -15,7 +15,8 @@
 Each part is a file in OUT, written after each run: what is there is not run again, so all of it can be ended at any
 time and called again. `--parts` names some. `paged` has, in each part, the pages and kernels whose own times are the
 least for that part's requests, in `tight` the smallest pages, which waste least; `vattn` has one layout and one size of
-pages throughout, `static` the contiguous kernels. `--tiny` runs all but `check` and `kernels` with a tiny model on the
+pages throughout, `static` the contiguous kernels. `online` has a fourth, `bound`: `paged` if prefill's attention took
+no time, so what no kernel for prompts can do better. `--tiny` runs all but `check` and `kernels` with a tiny model on the
 processor, to show that it works.
 """
 
@@ -285,7 +286,7 @@ def run_part(
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if known.get("complete"):
         return
-    stores = chosen(kernels, part, model, given)
+    stores = dict(chosen(kernels, part, model, given))
     head = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "processor",
         "torch": torch.__version__,
@@ -295,6 +296,9 @@ def run_part(
     if part == "agreement":
         write(path, head | agreement(model, stores, given) | {"complete": True})
         return
+    if part == "online":
+        # How much less could it be at the most? `paged` again, where prefill's attention takes no time.
+        stores["bound"] = str(dataclasses.replace(Choice.read(stores["paged"]), prefill="none"))
     options = options_of(part, stores, given)
     if part == "online":
         head["search"] = known.get("search") or find_load(model, options, stores["paged"])

@@ -227,8 +227,8 @@ class FlashInferDecode(Decode):
 
 
 class NoPrefill(Prefill):
-    """Computes nothing, so that all tokens are wrong and as many as ever: how long would a run take if prefill's attention
-    took no time at all?"""
+    """Computes nothing, so that all tokens are wrong and as many as ever: how long would a run take if prefill's
+    attention took no time at all?"""
 
     def __init__(self, store: Store, heads: int) -> None:
         pass

@@ -1,8 +1,8 @@
 """A Llama-family model over flat rows of tokens: weights, and one forward pass.
 
 Owns the weights and the arithmetic of the layers. Refuses to know where keys and values are kept: a forward pass is
-`enter`, then for each layer `project`, attention, which is computed elsewhere, and `leave`, and at last `logits`. So the
-same model runs over any cache.
+`enter`, then for each layer `project`, attention, which is computed elsewhere, and `leave`, and at last `logits`. So
+the same model runs over any cache.
 
 Shapes: `tokens` and `positions` are `[n]`, of all sequences of a step one after another.
 """

@@ -115,8 +115,8 @@ class Mixed(Pass):
         return self.pool is not None and padded(count) <= WIDEST
 
     def fill(self, tokens: numpy.ndarray) -> None:
-        """These are its tokens: `[3, count]`, of each the number, the position, and the row of its keys and values. Those
-        of the pass before have been read."""
+        """These are its tokens: `[3, count]`, of each the number, the position, and the row of its keys and values.
+        Those of the pass before have been read."""
         count = tokens.shape[1]
         width = self.width(count)
         if self.replayed(count) and width not in self.graphs:
@@ -128,8 +128,8 @@ class Mixed(Pass):
         self.buffer[: 3 * width].copy_(given, non_blocking=True)
 
     def forward(self, count: int, attend: Callable[[int], None]) -> torch.Tensor:
-        """The last layer's output of so many tokens, `[count or more, hidden]`. `attend` computes a layer's attention, from
-        `query` to `attended`."""
+        """The last layer's output of so many tokens, `[count or more, hidden]`. `attend` computes a layer's attention,
+        from `query` to `attended`."""
         if not self.replayed(count):
             for layer in self.stretches(count):
                 attend(layer)

@@ -34,7 +34,7 @@ Runs = list[dict[str, Any]]
 PARTS = ["long", "decode", "online", "tight", "agreement", "kernels"]
 """The files of a folder, in the order of the page."""
 
-COLOURS = {"vattn": "#1b6ca8", "paged": "#c8553d", "static": "#7a7a7a"}
+COLOURS = {"vattn": "#1b6ca8", "paged": "#c8553d", "static": "#7a7a7a", "bound": "#d9b44a"}
 
 COLUMNS: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
     ("tokens/s", lambda run: run["tokens_per_second"], "{:,.0f}"),
@@ -94,7 +94,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> s
 
 def of_store(results: dict[str, Runs], store: str) -> Runs:
     """A store's runs, whatever it was used with."""
-    return next((runs for runs in results.values() if runs[0]["store"] == store), [])
+    return next((runs for runs in results.values() if short(runs[0]) == store), [])
 
 
 def middle(runs: Runs, of: Callable[[dict[str, Any]], float]) -> float:
@@ -108,13 +108,18 @@ def label(run: dict[str, Any]) -> str:
     return f"{run['store']} ({run['prefill_kernel']}, {run['decode_kernel']}{pages})"
 
 
+def short(run: dict[str, Any]) -> str:
+    """A store; or the bound, where prefill's attention took no time."""
+    return "bound" if run["prefill_kernel"] == "none" else run["store"]
+
+
 def bars(results: dict[str, Runs]) -> Callable[[plots.Axes], None]:
     """Each store's median throughput, with the range of its rounds."""
 
     def draw(axes: plots.Axes) -> None:
         for runs in results.values():
             found = [run["tokens_per_second"] for run in runs]
-            at, name = statistics.median(found), runs[0]["store"]
+            at, name = statistics.median(found), short(runs[0])
             axes.bar(
                 name, at, color=COLOURS.get(name), yerr=[[at - min(found)], [max(found) - at]], capsize=4
             )
@@ -127,7 +132,7 @@ def shares(results: dict[str, Runs], of: str, scale: float) -> Callable[[plots.A
 
     def draw(axes: plots.Axes) -> None:
         for runs in results.values():
-            name = runs[0]["store"]
+            name = short(runs[0])
             found = sorted(scale * sample for run in runs for sample in run["samples"][of])
             share = [(at + 1) / len(found) for at in range(len(found))]
             axes.plot(found, share, label=name, color=COLOURS.get(name))
@@ -143,7 +148,7 @@ def over_time(results: dict[str, Runs], column: int, scale: float) -> Callable[[
 
     def draw(axes: plots.Axes) -> None:
         for runs in results.values():
-            name, moments = runs[0]["store"], runs[-1]["samples"]["moments"]
+            name, moments = short(runs[0]), runs[-1]["samples"]["moments"]
             at, what = [entry[0] for entry in moments], [entry[column] / scale for entry in moments]
             axes.plot(at, what, label=name, color=COLOURS.get(name))
 
