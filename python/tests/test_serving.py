@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from bench import fresh, summary
 from choices import Choice
 from engine import Chunk, Engine, Request
 from model import Config, Model
-from passes import Mixed
+from passes import Mixed, Room, wide
 from sampling import Sampling, sample
 from store import Shape, Store
 from store_paged import Paged
@@ -112,65 +113,109 @@ def serve(store: Store, model: Model, alone: list[list[int]], tight: bool) -> No
         assert len(store.free) == count  # type: ignore[attr-defined]
 
 
-class Stretch:
-    """What replays a stretch where there are no graphs."""
+class StrictDecode(kernels.ReferenceDecode):
+    """Is asked for a whole batch, and leaves no number in its padding."""
 
-    def __init__(self, replay: Callable[[], Any]) -> None:
-        self.replay = replay
+    def __init__(self, store: Any, heads: int, width: int) -> None:
+        super().__init__(store, heads, width)
+        self.width = width
+
+    def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        assert len(query) == len(out) == self.width
+        out.fill_(torch.nan)
+        super().run(layer, query, out)
 
 
 class Replayed(Mixed):
     """Passes from stretches that are replayed one by one, as from graphs."""
 
-    def recorded(self, width: int) -> Any:
-        normed = self.normed = torch.full_like(self.normed, torch.nan)
+    captures: list[int]
+
+    def capture(self, width: int) -> None:
+        super().capture(width)
+        self.captures = [*getattr(self, "captures", ()), width]
+        layers = self.model.config.layers
+        assert self.graphs[width] == list(range(layers)) + [None]
         under_way: list[Iterator[int]] = []
 
         def first() -> None:
             under_way[:] = [self.stretches(width)]
             next(under_way[0])
 
-        def last() -> None:
-            assert next(under_way[0], None) is None
-            normed.copy_(self.normed)
+        def on() -> None:
+            next(under_way[0], None)
 
-        between = [lambda: next(under_way[0])] * (self.model.config.layers - 1)
-        return [Stretch(replay) for replay in (first, *between, last)]
+        self.graphs[width] = [SimpleNamespace(replay=replay) for replay in (first, *[on] * layers)]
 
 
+@pytest.mark.parametrize("chunk", [128, 200])
 @pytest.mark.parametrize("name", ["paged, tight", "vattn"])
 def test_a_padded_pass_answers_the_same(
-    name: str, model: Model, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    name: str, chunk: int, model: Model, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("passes.aside", nullcontext)
+    # What a stretch returns stands for its graph.
+    monkeypatch.setattr("passes.recorded", lambda run, pool: (run(), None))
+    monkeypatch.setitem(kernels.DECODE, "strict", StrictDecode)
     store = STORES[name]()
     try:
-        served, engine = requests(), Engine(model, store, chunk=200)
-        engine.mixed = mixed = Replayed(model, store, 200, pool=(0, 0))
+        served, engine = requests(), Engine(model, store, decode="strict", chunk=chunk)
+        engine.mixed = mixed = Replayed(model, store, chunk, engine.room, pool=(0, 0))
         # Before any request has memory: padding reaches nobody's.
-        mixed.prepare(200)
-        assert set(mixed.graphs) == {128, 256}
+        engine.prepare()
+        engine.prepare()
+        widths = [128] if chunk == 128 else [256, 128]
+        assert mixed.captures == widths
         engine.run(served)
         assert [request.tokens for request in served] == alone
+        assert mixed.captures == widths
         del mixed.graphs[128]
-        mixed.fill(numpy.zeros((3, 1), numpy.int64))
-        assert set(mixed.graphs) == {128, 256}
+        again = fresh(served[:1])
+        engine.run(again)
+        assert again[0].tokens == alone[0]
+        assert mixed.captures == [*widths, 128]
     finally:
         store.close()
 
 
-def test_wide_passes_are_launched_kernel_by_kernel(model: Model) -> None:
-    mixed = Mixed(model, Static(shape(512)), 4000, pool=(0, 0))
-    assert [mixed.width(count) for count in (1, 128, 129, 2048, 2049, 4000)] == [
-        128,
-        128,
-        256,
-        2048,
-        2049,
-        4000,
-    ]
-    assert len(mixed.query) >= 4000 + 15
-    assert Mixed(model, Static(shape(512)), 4000, pool=None).width(5) == 5
+def test_wide_passes_are_launched_kernel_by_kernel(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = Mixed(model, Static(shape(512)), 4096, Room(model, Mixed.needed(4096)), pool=(0, 0))
+    replayed = [count for count in (1, 128, 129, 2048, 2049, 4096) if mixed.replayed(count)]
+    assert replayed == [1, 128, 129, 2048]
+    widths: list[int] = []
+    monkeypatch.setattr(Mixed, "capture", lambda mixed, width: widths.append(width))
+    mixed.prepare()
+    assert widths == list(range(2048, 0, -128))
+    # Behind them, the padding of any batch.
+    assert len(mixed.room.query) == 4096 + max(wide(count) - count for count in range(1, 1009))
+    without = Mixed(model, Static(shape(512)), 4096, mixed.room, pool=None)
+    assert not without.replayed(1)
+
+
+def test_a_plan_waits_until_the_one_before_it_was_copied(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of one token let the same batch be planned for a mixed step, and again beside it."""
+    log: list[str] = []
+
+    class NotingDecode(kernels.ReferenceDecode):
+        def plan(self, places: Any, totals: Any) -> None:
+            log.append("plan")
+            super().plan(places, totals)
+
+    class WithEvents(Engine):
+        def batch(self, count: int, captured: bool = True) -> Any:
+            batch = super().batch(count, captured)
+            if not batch.copied:
+                note = {name: lambda name=name: log.append(name) for name in ("synchronize", "record")}
+                batch.copied = SimpleNamespace(**note)
+            return batch
+
+    monkeypatch.setitem(kernels.DECODE, "noting", NotingDecode)
+    asked = [Request([5] * 4, 12), Request([7] * 4, 12), *(Request([9] * 4, 1) for _ in range(4))]
+    report = WithEvents(model, Static(shape(256 * 6)), decode="noting", chunk=8).run(asked)
+    assert log == ["synchronize", "plan", "record"] * (len(log) // 3)
+    assert len(log) >= 3 * (report.steps - 1)
 
 
 def test_a_request_that_can_never_fit_is_refused(model: Model) -> None:
@@ -302,6 +347,7 @@ def test_all_of_it_makes_a_page(tmp_path: Path, traces: Path) -> None:
     agreed = json.loads((out / "agreement.json").read_text())
     assert agreed["to_paged"]["vattn"]["positions"] == 8 * 24
     assert agreed["to_paged"]["vattn"]["largest"] < 1e-4 < agreed["to_paged"]["vattn"]["spread_of_logits"]
+    assert agreed["without_graphs"]["largest"] == 0
     assert list(json.loads((out / "online.json").read_text())["stores"]) == [
         "vattn",
         "paged",

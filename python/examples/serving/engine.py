@@ -1,7 +1,8 @@
 """Continuous batching: which requests are worked on in each step, and the step itself.
 
 Each step takes every request whose prompt is done by one token, and fills up with prompts in chunks until
-`chunk` tokens are reached. A step of decodes alone is replayed from a CUDA graph. While the device computes a step,
+`chunk` tokens are reached. A step of decodes alone is replayed from one CUDA graph, one with prompts from several (see
+[`passes`]). While the device computes a step,
 the host sees to the memory of the next one and lets in who comes meanwhile. A request that can't grow is helped by
 ending the youngest one, which is computed anew later (preemption by recompute).
 """
@@ -18,7 +19,7 @@ import numpy
 import torch
 from kernels import PREFILL, names
 from model import Model
-from passes import WIDTHS, Batch, Mixed, wide
+from passes import WIDTHS, Batch, Mixed, Room, wide
 from sampling import Sampling, sample
 from store import Store
 
@@ -172,7 +173,7 @@ class Report:
     seconds: float = 0.0
     steps: int = 0
     graphed: int = 0
-    """Steps that were replayed from a graph."""
+    """Steps of decodes alone that were replayed from a graph."""
     preempted: int = 0
     calls: list[Call] = field(default_factory=list)
     """The store's: admission, growth, release."""
@@ -207,7 +208,8 @@ class Engine:
         self.prefill = PREFILL[self.prefill_name](store, model.config.heads)
         self.graphs = graphs and store.shape.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        self.mixed = Mixed(model, store, max(chunk, store.shape.most), self.pool)
+        self.room = Room(model, max(Mixed.needed(chunk), wide(store.shape.most)))
+        self.mixed = Mixed(model, store, chunk, self.room, self.pool)
         self.on_logits = on_logits
         self.batches: dict[int, Batch] = {}
         self.waiting: deque[Request] = deque()
@@ -232,8 +234,8 @@ class Engine:
         self.report = Report()
 
     def prepare(self) -> None:
-        """Captures all batches that may be needed, the widest first: later ones then share its memory."""
-        self.mixed.prepare(self.chunk)
+        """Captures all passes that may be needed, the widest first: later ones then share its memory."""
+        self.mixed.prepare()
         for width in reversed([width for width in WIDTHS if width <= wide(self.store.shape.most)]):
             self.batch(width)
 
@@ -458,14 +460,14 @@ class Engine:
         decoding.plan(batch)
         batch.fill([request.tokens[-1] for request in decoding.requests])
         self.report.graphed += batch.graph is not None
-        return batch.forward()[: len(self.decoding)]
+        return batch.run()[: len(self.decoding)]
 
     def mixed_step(self, chunk: Chunk) -> torch.Tensor:
         """The same, and of each request whose prompt this chunk ends."""
-        decoding, mixed, totals = self.decoding, self.mixed, chunk.totals
+        decoding, room, totals = self.decoding, self.room, chunk.totals
         decodes, new = len(decoding), sum(chunk.new)
         self.prefill.plan(chunk.places, numpy.array(chunk.new, numpy.int64), totals)
-        # The decodes' tokens come last: a batch's padding is behind them, where nothing is computed.
+        # The decodes' tokens come last: the batch's padding is behind them, in rows that are nobody's.
         asked, parts, at = list(range(new, new + decodes)), [], 0
         for request, count, end in zip(chunk.requests, chunk.new, totals.tolist()):
             positions = numpy.arange(request.kept, end)
@@ -479,22 +481,22 @@ class Engine:
             decoding.plan(batch)
             last = numpy.array([request.tokens[-1] for request in decoding.requests])
             parts.append(numpy.stack((last, decoding.kept, self.store.rows(decoding.places, decoding.kept))))
-        mixed.fill(numpy.concatenate(parts, axis=1))
         prompts, others = slice(new), slice(new, new + (batch.width if batch else 0))
+        query, answer = room.query[prompts], room.attended[prompts]
+        queries, answers = room.query[others], room.attended[others]
 
         def attend(layer: int) -> None:
-            self.prefill.run(layer, mixed.query[prompts], mixed.attended[prompts])
+            self.prefill.run(layer, query, answer)
             if batch:
-                batch.kernel.run(layer, mixed.query[others], mixed.attended[others])
+                batch.kernel.run(layer, queries, answers)
 
-        last_rows = torch.tensor(asked, dtype=torch.int64).to(self.model.device)
-        return self.model.logits(mixed.forward(new + decodes, attend)[last_rows])
+        return self.mixed.run(numpy.concatenate(parts, axis=1), asked, attend)
 
     def batch(self, count: int, captured: bool = True) -> Batch:
         """The smallest batch that takes so many requests, captured when it is first needed."""
         width = wide(count)
         if width not in self.batches:
-            self.batches[width] = Batch(self.model, self.store, self.decode_name, width)
+            self.batches[width] = Batch(self.model, self.store, self.decode_name, width, self.room)
         batch = self.batches[width]
         if captured and self.graphs and batch.graph is None:
             batch.capture(self.pool)

@@ -160,7 +160,9 @@ def options_of(part: str, stores: dict[str, str], given: argparse.Namespace) -> 
 # ---- agreement ----
 
 
-def logits_of(model: Model, shape: Shape, choice: Choice, requests: list[Request]) -> torch.Tensor:
+def logits_of(
+    model: Model, shape: Shape, choice: Choice, requests: list[Request], graphs: bool = True
+) -> torch.Tensor:
     """The logits of every position of the answers, `[position, vocab]`, where all answers are given."""
     found: dict[tuple[int, int], torch.Tensor] = {}
     number = {id(request): at for at, request in enumerate(requests)}
@@ -171,9 +173,8 @@ def logits_of(model: Model, shape: Shape, choice: Choice, requests: list[Request
 
     store = choice.open(shape)
     try:
-        Engine(model, store, prefill=choice.prefill, decode=choice.decode, chunk=512, on_logits=note).run(
-            requests
-        )
+        kernels = {"prefill": choice.prefill, "decode": choice.decode}
+        Engine(model, store, **kernels, chunk=512, graphs=graphs, on_logits=note).run(requests)
         return torch.stack([found[place] for place in sorted(found)])
     finally:
         store.close()
@@ -200,7 +201,7 @@ def differences(theirs: torch.Tensor, ours: torch.Tensor, noise: float) -> dict[
 
 def agreement(model: Model, stores: dict[str, str], given: argparse.Namespace) -> dict[str, Any]:
     """The same requests with answers that are given, over every store. What kernels differ by anyhow is measured with
-    two kernels over one store of pages."""
+    two kernels over one store of pages, and what CUDA graphs change, over vattn without them."""
     draw = random.Random(2)
     longest = 512 if given.tiny else 8192
     shape = shape_of(model, argparse.Namespace(budget=0.05 if given.tiny else 24.0, longest=longest, most=8))
@@ -220,11 +221,13 @@ def agreement(model: Model, stores: dict[str, str], given: argparse.Namespace) -
         "reference" if given.tiny else "flashinfer" if paged.prefill == "flashinfer-fa2" else "flashinfer-fa2"
     )
     control = logits_of(model, shape, dataclasses.replace(paged, prefill=other), requests())
+    launched = logits_of(model, shape, read["vattn"], requests(), graphs=False)
     noise = 2 * float((logits["paged"] - control).abs().max())
     return {
         "stores": stores,
         "noise": noise,
         "control": {"kernel": other} | differences(logits["paged"], control, noise),
+        "without_graphs": differences(logits["vattn"], launched, noise),
         "to_paged": {
             name: differences(logits["paged"], found, noise)
             for name, found in logits.items()

@@ -2,7 +2,7 @@
 
 Decode takes one new token a request, in batches of a fixed width, so that a whole step can be captured into a CUDA
 graph: `plan` writes into buffers that stay where they are, `run` reads nothing else. Prefill takes some new tokens
-of each request and is never captured.
+of each request, and its work is another in each step: no step's graph has it.
 
 Padded entries of a decode batch read one token of the spare row, slot or page.
 """
@@ -41,7 +41,7 @@ class Decode(ABC):
 
     @abstractmethod
     def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-        """From `[width, heads, dim]` to the same."""
+        """From `query`, `[width, heads, dim]`, to `out`, the same. What padded entries get means nothing."""
 
 
 class Prefill(ABC):
@@ -53,7 +53,7 @@ class Prefill(ABC):
 
     @abstractmethod
     def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-        """From `[new tokens, heads, dim]`, one request's after another's, to the same."""
+        """From `query`, `[new tokens, heads, dim]`, one request's after another's, to `out`, the same."""
 
 
 class ReferencePrefill(Prefill):

@@ -1,4 +1,4 @@
-"""A Llama-family model over flat rows of tokens: weights, and one forward pass.
+"""A Llama-family model over flat rows of tokens: weights, and the arithmetic of a forward pass.
 
 Owns the weights and the arithmetic of the layers. Refuses to know where keys and values are kept: a forward pass is
 `enter`, then for each layer `project`, attention, which is computed elsewhere, and `leave`, and at last `logits`. So

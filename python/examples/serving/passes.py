@@ -2,8 +2,10 @@
 
 [`Batch`] is one new token of each of some requests: all of it is one graph. [`Mixed`] is parts of prompts with such
 tokens behind them: attention, whose work differs from step to step, is launched kernel by kernel, and what lies between
-one layer's attention and the next one's is a graph, one for each of the widths to which a pass is padded. Without them
-the host takes longer to launch a short prompt's pass than the device to compute it.
+one layer's attention and the next one's, a *stretch*, is a graph. Without those the host takes longer to launch a short
+prompt's pass than the device to compute it.
+
+What is captured runs once before, so that nothing is compiled while it is captured.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ T = TypeVar("T")
 Pool = tuple[int, int]
 
 WIDTHS = [1, 2, 4, 8, *range(16, 1009, 16)]
-"""How many requests the batches take. FlashInfer's scratch memory suffices for these."""
-STEP = 128
-"""Mixed passes are padded to a multiple of so many tokens: matrix products compute them in such tiles anyhow."""
-WIDEST = 2048
-"""Up to so many tokens. Wider passes keep a device busy for longer than a host takes to launch them."""
+"""Of how many requests there are batches. FlashInfer's scratch memory suffices for these."""
+BEYOND = WIDTHS[-1] - WIDTHS[-2] - 1
+"""How many entries a batch is wider than its requests, at the most."""
+TILE = 128
+"""Mixed passes that are replayed are padded to a multiple of so many tokens, as matrix products compute them anyhow."""
+MOST_REPLAYED = 2048
+"""Mixed passes of more tokens are not: they keep a device busy for longer than a host takes to launch them."""
 
 
 def wide(count: int) -> int:
@@ -35,14 +39,9 @@ def wide(count: int) -> int:
     return next(width for width in WIDTHS if width >= count)
 
 
-def padded(count: int) -> int:
-    """To how many tokens a mixed pass of so many is padded."""
-    return -(-count // STEP) * STEP
-
-
 @cache
 def side_stream() -> torch.cuda.Stream:
-    """A stream for what is captured, and what runs once before."""
+    """The stream of everything that is captured. Graphs share a pool's memory if they were captured on one stream."""
     return torch.cuda.Stream()
 
 
@@ -55,127 +54,135 @@ def aside() -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(side_stream())
 
 
-def captured(run: Callable[[], T], pool: Pool | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of what is launched, and what that returned. It runs once before, so that nothing is compiled while it is
-    captured."""
-    with aside():
-        run()
+def recorded(run: Callable[[], T], pool: Pool | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what is launched, and what that returned."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=side_stream()):
         output = run()
     return graph, output
+
+
+def captured(run: Callable[[], T], pool: Pool | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """The same, after it has run once."""
+    with aside():
+        run()
+    return recorded(run, pool)
+
+
+class Room:
+    """What passes of up to so many tokens leave between their stretches. Those that share one never run at the same
+    time."""
+
+    def __init__(self, model: Model, most: int) -> None:
+        config = model.config
+        #: What a layer's attention is asked and what it answers, `[token, heads, dim]`.
+        self.query, self.attended = torch.zeros(
+            2, most, config.heads, config.head_dim, dtype=model.dtype, device=model.device
+        )
+        #: The last layer's output, `[token, hidden]`.
+        self.normed = torch.zeros(most, config.hidden, dtype=model.dtype, device=model.device)
 
 
 class Pass:
     """A forward pass over the tokens in its buffers."""
 
-    def __init__(self, model: Model, store: Store, most: int, beyond: int = 0) -> None:
-        """Of up to `most` tokens. `beyond` is up to how many rows behind them kernels may read and write."""
-        self.model, self.store = model, store
-        config, device = model.config, model.device
-        self.on_card = device.type == "cuda"
+    def __init__(self, model: Model, store: Store, most: int, room: Room) -> None:
+        """Of up to `most` tokens."""
+        self.model, self.store, self.room = model, store, room
+        self.on_card = model.device.type == "cuda"
+        #: Of each token its number, its position, and the row of its keys and values: `[3, width]` for each width.
         self.host = torch.zeros(3 * most, dtype=torch.int64, pin_memory=self.on_card)
-        self.buffer = torch.zeros(3 * most, dtype=torch.int64, device=device)
-        #: What a layer's attention is asked and what it answers, `[token, heads, dim]`.
-        self.query, self.attended = torch.zeros(
-            2, most + beyond, config.heads, config.head_dim, dtype=model.dtype, device=device
-        )
+        self.buffer = torch.zeros(3 * most, dtype=torch.int64, device=model.device)
 
     def stretches(self, width: int) -> Iterator[int]:
-        """Computes so many tokens, and stops for each layer's attention, whose number it says: what is asked is in
-        `query` then, keys and values are in the store, and `attended` has to have the answer when it goes on. At the
-        end `normed` has the last layer's output, `[token, hidden]`."""
+        """Computes so many tokens, and stops for each layer's attention, whose number it says: what is asked is in the
+        room's `query` then, keys and values are in the store, and `attended` has to have the answer when it goes on. At
+        the end `normed` is there."""
         tokens, positions, rows = self.buffer[: 3 * width].view(3, width)
-        query, attended = self.query[:width], self.attended[:width]
+        query, attended = self.room.query[:width], self.room.attended[:width]
         hidden, normed, angles = self.model.enter(tokens, positions)
         for layer in range(self.model.config.layers):
             key, value = self.model.project(layer, normed, angles, query)
             self.store.write(layer, rows, key, value)
             yield layer
             hidden, normed = self.model.leave(layer, hidden, attended)
-        self.normed = normed
+        self.room.normed[:width] = normed
 
 
 class Mixed(Pass):
     """Any tokens of any requests, up to so many. Whose attention it is only who calls it knows."""
 
-    def __init__(self, model: Model, store: Store, most: int, pool: Pool | None) -> None:
-        """`pool` is the graphs' memory; without, there are none."""
-        super().__init__(model, store, padded(most), beyond=WIDTHS[-1] - WIDTHS[-2])
-        self.pool = pool
-        #: By width: a graph for each stretch, and what `normed` is after the last.
-        self.graphs: dict[int, tuple[list[torch.cuda.CUDAGraph], torch.Tensor]] = {}
+    def __init__(self, model: Model, store: Store, most: int, room: Room, pool: Pool | None) -> None:
+        """`pool` is the graphs' memory; without, there are none. The room has to have `needed(most)` tokens."""
+        super().__init__(model, store, self.tiled(most), room)
+        self.most, self.pool = most, pool
+        #: For each width one of each stretch.
+        self.graphs: dict[int, list[torch.cuda.CUDAGraph]] = {}
 
-    def width(self, count: int) -> int:
-        """How many tokens are computed for so many."""
-        return padded(count) if self.replayed(count) else count
+    @staticmethod
+    def tiled(count: int) -> int:
+        """In whole tiles."""
+        return -(-count // TILE) * TILE
+
+    @classmethod
+    def needed(cls, most: int) -> int:
+        """The room for a pass of so many tokens, of which the last may be a batch's."""
+        return cls.tiled(most) + BEYOND
 
     def replayed(self, count: int) -> bool:
-        """Whether it is from graphs."""
-        return self.pool is not None and padded(count) <= WIDEST
+        """Whether a pass of so many tokens is from graphs."""
+        return self.pool is not None and self.tiled(count) <= MOST_REPLAYED
 
-    def fill(self, tokens: numpy.ndarray) -> None:
-        """These are its tokens: `[3, count]`, of each the number, the position, and the row of its keys and values.
-        Those of the pass before have been read."""
-        count = tokens.shape[1]
-        width = self.width(count)
+    def run(self, lines: numpy.ndarray, asked: list[int], attend: Callable[[int], None]) -> torch.Tensor:
+        """Logits `[asked, vocab]` of the tokens that are asked for. `lines` are all tokens' numbers, positions, and rows
+        of keys and values, `[3, count]`; `attend` computes a layer's attention, from the room's `query` to its
+        `attended`. Those of the pass before have been read."""
+        count = lines.shape[1]
+        width = self.tiled(count) if self.replayed(count) else count
         if self.replayed(count) and width not in self.graphs:
             self.capture(width)
         given = self.host[: 3 * width]
-        lines = given.view(3, width).numpy()
-        lines[:, :count] = tokens
-        lines[:, count:] = [[0], [0], [self.store.spare_row]]
+        padded = given.view(3, width).numpy()
+        padded[:, :count] = lines
+        padded[:, count:] = [[0], [0], [self.store.spare_row]]
         self.buffer[: 3 * width].copy_(given, non_blocking=True)
-
-    def forward(self, count: int, attend: Callable[[int], None]) -> torch.Tensor:
-        """The last layer's output of so many tokens, `[count or more, hidden]`. `attend` computes a layer's attention,
-        from `query` to `attended`."""
-        if not self.replayed(count):
+        rows = torch.tensor(asked, dtype=torch.int64, pin_memory=self.on_card)
+        rows = rows.to(self.model.device, non_blocking=True)
+        if self.replayed(count):
+            for layer, graph in enumerate(self.graphs[width]):
+                graph.replay()
+                if layer < self.model.config.layers:
+                    attend(layer)
+        else:
             for layer in self.stretches(count):
                 attend(layer)
-            return self.normed
-        graphs, normed = self.graphs[self.width(count)]
-        for layer, graph in enumerate(graphs):
-            graph.replay()
-            if layer < self.model.config.layers:
-                attend(layer)
-        return normed
+        return self.model.logits(self.room.normed[rows])
 
-    def prepare(self, most: int) -> None:
-        """Captures all that passes of up to so many tokens need, the widest first: later ones then share its memory."""
-        for width in reversed(range(STEP, min(padded(most), WIDEST) + 1, STEP)):
-            self.capture(width)
+    def prepare(self) -> None:
+        """Captures all that may be needed, the widest first: later ones then share its memory."""
+        for width in reversed(range(TILE, self.tiled(self.most) + 1, TILE)):
+            if self.replayed(width) and width not in self.graphs:
+                self.capture(width)
 
     def capture(self, width: int) -> None:
         """Captures a pass of so many tokens, all of them padding meanwhile."""
-        padding = self.buffer[: 3 * width].view(3, width)
-        padding[:2] = 0
-        padding[2] = self.store.spare_row
+        lines = self.buffer[: 3 * width].view(3, width)
+        lines[:2] = 0
+        lines[2] = self.store.spare_row
         with aside():
-            # Once before, so that nothing is compiled while it is recorded.
             for _ in self.stretches(width):
                 pass
-        self.graphs[width] = self.recorded(width), self.normed
-
-    def recorded(self, width: int) -> list[torch.cuda.CUDAGraph]:
-        """A graph of each stretch."""
-        torch.cuda.synchronize()
-        graphs, stretches, on = [], self.stretches(width), True
-        with aside():
-            while on:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self.pool)
-                on = next(stretches, None) is not None
-                graph.capture_end()
-                graphs.append(graph)
-        return graphs
+        stretches = self.stretches(width)
+        self.graphs[width] = [
+            recorded(lambda: next(stretches, None), self.pool)[0] for _ in range(self.model.config.layers + 1)
+        ]
 
 
 class Batch(Pass):
     """Decoding for a fixed number of requests."""
 
-    def __init__(self, model: Model, store: Store, decode: str, width: int) -> None:
-        super().__init__(model, store, width)
+    def __init__(self, model: Model, store: Store, decode: str, width: int, room: Room) -> None:
+        super().__init__(model, store, width, room)
         self.width = width
         self.kernel = DECODE[decode](store, model.config.heads, width)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -207,7 +214,7 @@ class Batch(Pass):
         """Whether it need not be captured any more."""
         return self.graph is not None or not self.on_card
 
-    def forward(self) -> torch.Tensor:
+    def run(self) -> torch.Tensor:
         """Logits `[width, vocab]`."""
         if self.graph is None:
             return self.compute()
@@ -216,9 +223,10 @@ class Batch(Pass):
 
     def compute(self) -> torch.Tensor:
         """The same, launched kernel by kernel."""
+        query, attended = self.room.query[: self.width], self.room.attended[: self.width]
         for layer in self.stretches(self.width):
-            self.kernel.run(layer, self.query, self.attended)
-        return self.model.logits(self.normed)
+            self.kernel.run(layer, query, attended)
+        return self.model.logits(self.room.normed[: self.width])
 
     def capture(self, pool: Pool | None) -> None:
         """Records a pass into a graph. All entries are padding meanwhile."""

@@ -276,6 +276,8 @@ def part_agreement(told: dict[str, Any]) -> str:
     keys = ["positions", "largest", "mean", "best_differs", "clear", "best_differs_where_clear"]
     pairs = {f"{name} to paged": found for name, found in told["to_paged"].items()}
     pairs[f"paged to itself with {told['control']['kernel']}"] = told["control"]
+    if launched := told.get("without_graphs"):
+        pairs["vattn to itself without CUDA graphs"] = launched
     rows = [[name, *(f"{found[key]:.4g}" for key in keys)] for name, found in pairs.items()]
     return table(f"Logits of given answers; the noise is {told['noise']:.3g}", head, rows)
 
