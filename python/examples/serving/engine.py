@@ -2,9 +2,9 @@
 
 Each step takes every request whose prompt is done by one token, and fills up with prompts in chunks until
 `chunk` tokens are reached. A step of decodes alone is replayed from one CUDA graph, one with prompts from several (see
-[`passes`]). While the device computes a step,
-the host sees to the memory of the next one and lets in who comes meanwhile. A request that can't grow is helped by
-ending the youngest one, which is computed anew later (preemption by recompute).
+passes.py). While the device computes a step, the host sees to the memory of the next one, plans its decodes, and lets in
+who comes meanwhile. A request that can't grow is helped by ending the youngest one, which is computed anew later
+(preemption by recompute).
 """
 
 from __future__ import annotations
