@@ -343,6 +343,7 @@ def test_all_of_it_makes_a_page(tmp_path: Path, traces: Path) -> None:
     assert again.stdout.count(", round ") == 1 and f"{first}, round 2" in again.stdout
     found = json.loads((out / "tight.json").read_text())
     assert found["complete"] and found["results"][first][0] == whole[first][0]
+    assert "http" not in page
     assert page.count("<svg") == 4 * 5 and "vattn (reference, reference, pages of 16)" in page
     agreed = json.loads((out / "agreement.json").read_text())
     assert agreed["to_paged"]["vattn"]["positions"] == 8 * 24

@@ -13,6 +13,7 @@ import html
 import io
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -82,7 +83,11 @@ def drawn(draw: Callable[[plots.Axes], None], title: str, x: str, y: str) -> str
     text = io.StringIO()
     figure.savefig(text, format="svg")
     plots.close(figure)
-    return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"
+    drawing = text.getvalue()[text.getvalue().index("<svg") :]
+    # In a page it needs no names of namespaces, and who drew it is no news.
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(' xmlns(:xlink)?="[^"]*"', "", drawing)
+    return f"<figure>{drawing}</figure>"
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
