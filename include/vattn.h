@@ -1517,8 +1517,8 @@ vattn_status vattn_cache_trim(const vattn_cache *cache,
 /// the fences of what is unmapped are waited for.
 ///
 /// Fails with `VATTN_INVALID_CONFIG` for a budget that `vattn_cache_create` would refuse,
-/// `VATTN_OUT_OF_BUDGET` where slots in use and pins need more, and the driver's refusals. The old budget
-/// stays.
+/// `VATTN_INVALID_ARGUMENT` for `VATTN_AUTO`, `VATTN_OUT_OF_BUDGET` where slots in use and pins need more,
+/// and the driver's refusals. The old budget stays.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.

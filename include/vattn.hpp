@@ -1524,8 +1524,8 @@ public:
     /// Changes how many bytes may be held. With a smaller budget memory is given back before it returns, and
     /// the fences of what is unmapped are waited for.
     ///
-    /// Throws InvalidConfig for a budget that the constructor would refuse, OutOfBudget where slots in use
-    /// and pins need more, and the driver's refusals. The old budget stays.
+    /// Throws InvalidConfig for a budget that the constructor would refuse, InvalidArgument for Auto, OutOfBudget
+    /// where slots in use and pins need more, and the driver's refusals. The old budget stays.
     void set_budget(std::uint64_t budget) { detail::check(vattn_cache_set_budget(get(), budget)); }
 
     /// Does, on the calling thread, what the mapper would do by now: with Background::Caller, once an

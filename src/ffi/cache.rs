@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use super::args;
-use super::config::{self, vattn_config};
+use super::config::{self, VATTN_AUTO, vattn_config};
 use super::driver::vattn_driver;
 use super::entry::{enter, on_cache};
 use super::geometry::vattn_geometry;
@@ -461,14 +461,23 @@ pub unsafe extern "C" fn vattn_cache_trim(
 /// the fences of what is unmapped are waited for.
 ///
 /// Fails with `VATTN_INVALID_CONFIG` for a budget that `vattn_cache_create` would refuse,
-/// `VATTN_OUT_OF_BUDGET` where slots in use and pins need more, and the driver's refusals. The old budget
-/// stays.
+/// `VATTN_INVALID_ARGUMENT` for `VATTN_AUTO`, `VATTN_OUT_OF_BUDGET` where slots in use and pins need more,
+/// and the driver's refusals. The old budget stays.
 ///
 /// # Safety
 /// - any handle may be passed; one that is not alive is refused.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vattn_cache_set_budget(cache: *const vattn_cache, budget: u64) -> vattn_status {
-    on_cache("vattn_cache_set_budget", cache, |cache| Ok(cache.set_budget(Bytes::new(budget))?))
+    on_cache("vattn_cache_set_budget", cache, |cache| {
+        if budget == VATTN_AUTO {
+            return Err(args::invalid(format!(
+                "budget is VATTN_AUTO, which only a configuration may say: give bytes; it is {} now",
+                cache.budget()
+            ))
+            .into());
+        }
+        Ok(cache.set_budget(Bytes::new(budget))?)
+    })
 }
 
 /// Does, on the calling thread, what the mapper would do by now: with `VATTN_BACKGROUND_CALLER`, once an

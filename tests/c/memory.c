@@ -26,6 +26,7 @@ static void too_small_a_budget(const world *made) {
                 vattn_cache_set_budget(made->cache, 12 * WORLD_GRANULE));
     CHECK_FAILS(VATTN_INVALID_CONFIG, "the budget is 4 KiB", vattn_cache_set_budget(made->cache, WORLD_GRANULE));
     CHECK_FAILS(VATTN_INVALID_CONFIG, "the budget is 0", vattn_cache_set_budget(made->cache, 0));
+    CHECK_FAILS(VATTN_INVALID_ARGUMENT, "it is 160 KiB now", vattn_cache_set_budget(made->cache, VATTN_AUTO));
     CHECK(world_bytes(made->cache).budget == 40 * WORLD_GRANULE);
     CHECK_OK(vattn_cache_set_budget(made->cache, 48 * WORLD_GRANULE));
     CHECK_OK(vattn_cache_step(made->cache, entries, 4));

@@ -113,6 +113,7 @@ static void memory_goes_back() {
 
     THROWS(OutOfBudget, OutOfBudget, "vattn_cache_set_budget: ", cache.set_budget(6 * granule));
     THROWS(Error, InvalidConfig, "", cache.set_budget(0));
+    THROWS(Error, InvalidArgument, "give bytes", cache.set_budget(vattn::Auto));
     CHECK(cache.bytes().budget == 40 * granule);
     cache.set_budget(20 * granule);
     CHECK(cache.bytes().budget == 20 * granule);

@@ -4,7 +4,9 @@ use std::ffi::{CStr, c_char};
 
 use vattn::ffi::vattn_background::*;
 use vattn::ffi::vattn_status::*;
-use vattn::ffi::{vattn_bytes, vattn_call_stats, vattn_layout, vattn_stats, vattn_tensor, vattn_view};
+use vattn::ffi::{
+    VATTN_AUTO, vattn_bytes, vattn_call_stats, vattn_layout, vattn_stats, vattn_tensor, vattn_view,
+};
 
 use super::room::{Expect, Room, WRONG};
 use super::slots::array;
@@ -40,6 +42,9 @@ impl World {
         let (cache, at) = self.cache(s, &mut expect);
         let granule = at.map_or(1, |at| self.caches[at].layout.granule);
         let budget = if s.one_in(6) { s.any_number() } else { granule * s.below(200) + s.below(2) };
+        if budget == VATTN_AUTO {
+            expect.spoil(VATTN_INVALID_ARGUMENT);
+        }
         let known = at.filter(|at| self.crowd == Crowd::None && !self.caches[*at].is_unknown);
         let strict = match known {
             None => vec![VATTN_OK],

@@ -7,9 +7,9 @@
 #
 # `soak` takes VATTN_SOAK_SECONDS (180). `sanitizer` needs compute-sanitizer, `example` NVRTC, `creating`, `kernels`,
 # `attention`, `busy`, `engine`, `python`, `huggingface` and `headtohead` a Python with PyTorch, `engine` a C++ compiler
-# too, `huggingface` transformers 5, and `headtohead` matplotlib and nvcc; VATTN_PARTS names some of its parts. Every
-# command has a time limit, and one that hangs has failed. Ends with the list of what passed, and with an error if
-# anything did not.
+# too, `huggingface` transformers 5, and `headtohead` matplotlib and nvcc; VATTN_PARTS names some of its parts,
+# VATTN_ROUNDS (3) how often each is run. Every command has a time limit, and one that hangs has failed. Ends with the
+# list of what passed, and with an error if anything did not.
 set -u
 cd "$(dirname "$0")" || exit 1
 out=${OUT:-$PWD/results}
@@ -157,7 +157,8 @@ huggingface() {
 headtohead() {
     installed
     longer 270 headtohead env FLASHINFER_WORKSPACE_BASE="$PWD" python3 python/examples/serving/head_to_head.py \
-        "$out/headtohead" --traces traces ${VATTN_PARTS:+--parts "$VATTN_PARTS"}
+        "$out/headtohead" --traces traces ${VATTN_PARTS:+--parts "$VATTN_PARTS"} \
+        ${VATTN_ROUNDS:+--rounds "$VATTN_ROUNDS"}
 }
 
 [ $# -gt 0 ] || set -- tests soak sanitizer probe replay example bench serving creating kernels attention busy engine \
