@@ -486,9 +486,7 @@ def test_memory_is_waited_for_from_the_step_in_which_it_is_refused(model: Model)
     assert [moment.active for moment in report.moments] == [1] * 5
 
 
-def test_decodes_are_planned_beside_the_step_before_them(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_planned_beside_the_one_before_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[tuple[list[int], bool]] = []
 
     class NotingDecode(kernels.ReferenceDecode):
@@ -496,14 +494,23 @@ def test_decodes_are_planned_beside_the_step_before_them(
             planned.append((totals.tolist(), engine.looking))
             super().plan(places, totals)
 
+    prefills: list[tuple[list[tuple[int, int]], bool]] = []
+
+    class NotingPrefill(kernels.ReferencePrefill):
+        def plan(self, places: Any, new: Any, totals: Any) -> None:
+            prefills.append((list(zip(new.tolist(), totals.tolist())), engine.looking))
+            super().plan(places, new, totals)
+
     monkeypatch.setitem(kernels.DECODE, "noting", NotingDecode)
-    engine = Watched(model, Paged(shape(400)), decode="noting", chunk=8)
+    monkeypatch.setitem(kernels.PREFILL, "noting", NotingPrefill)
+    engine = Watched(model, Paged(shape(400)), prefill="noting", decode="noting", chunk=8)
     engine.batch(2)
     report = engine.run([Request([5] * 3, 3), Request([7] * 4, 5), Request([9] * 13, 2)])
     # The third prompt's parts are of 1, 6 and 6 tokens beside them; the first one ends after its third token, where a
     # batch for one is not there yet, and the third begins to decode.
     assert report.prefills == [(3, 3), (4, 4), (1, 1), (6, 7), (6, 13)]
     assert planned == [([4, 5], True), ([5, 6], True), ([7, 14], True), ([8], False)]
+    assert prefills == [([(3, 3), (4, 4), (1, 1)], False), ([(6, 7)], True), ([(6, 13)], True)]
     # A place is given back beside the next step, the last one's when all is done.
     assert [call.hidden for call in report.calls if call.name == "end"] == [True, True, False]
 
@@ -523,6 +530,36 @@ def test_a_plan_for_four_does_not_serve_the_three_that_are_left(model: Model) ->
     asked[0].stop = right[0][at]
     right[0] = right[0][: at + 1]
     Engine(model, Paged(shape(400))).run(asked)
+    assert [request.tokens for request in asked] == right
+
+
+def test_a_prompts_part_is_planned_anew_where_a_request_stops_early(model: Model) -> None:
+    """What the one that stopped would have had of the step, the prompt gets."""
+    prompts = [[3, 1, 5], [10, 2, 5], list(range(60))]
+    right = [by_itself(model, prompt, 12) for prompt in prompts]
+    at = next(at for at in range(3, 12) if right[0][at] not in right[0][:at])
+    asked = [Request(prompt, 12) for prompt in prompts]
+    asked[0].stop = right[0][at]
+    right[0] = right[0][: at + 1]
+    report = Engine(model, Paged(shape(400)), chunk=6).run(asked)
+    assert {4, 5} < {new for new, _ in report.prefills}
+    assert [request.tokens for request in asked] == right
+
+
+def test_nothing_is_planned_that_has_no_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is let in, and another request has grown into its memory before it is done."""
+
+    class Backed(kernels.ReferencePrefill):
+        def plan(self, places: Any, new: Any, totals: Any) -> None:
+            assert (totals <= engine.backed[places]).all()
+            super().plan(places, new, totals)
+
+    monkeypatch.setitem(kernels.PREFILL, "backed", Backed)
+    asked = [Request([4, 9, 2, 7], 12), Request(list(range(30, 50)), 3)]
+    right = [by_itself(model, request.prompt, request.answer) for request in asked]
+    engine = Engine(model, Paged(shape(27), page_tokens=1), prefill="backed", chunk=5)
+    report = engine.run(asked)
+    assert report.preempted
     assert [request.tokens for request in asked] == right
 
 

@@ -2,8 +2,8 @@
 
 Each step takes every request whose prompt is done by one token, and fills up with prompts in chunks until
 `chunk` tokens are reached. A step of decodes alone is replayed from one CUDA graph, one with prompts from several (see
-passes.py). While the device computes a step, the host sees to the memory of the next one, plans its decodes, and lets in
-who comes meanwhile. A request that can't grow is helped by ending the youngest one, which is computed anew later
+passes.py). While the device computes a step, the host sees to the memory of the next one, plans it, and lets in who comes
+meanwhile. A request that can't grow is helped by ending the youngest one, which is computed anew later
 (preemption by recompute).
 """
 
@@ -132,6 +132,13 @@ class Chunk:
         """How many tokens of each have keys and values afterwards."""
         return numpy.array([request.kept + new for request, new in zip(self.requests, self.new)], numpy.int64)
 
+    def work(self, kept: dict[Request, int]) -> numpy.ndarray:
+        """What a prefill is planned for: places, new tokens, and totals. `kept` says of which requests more is kept by
+        then than now."""
+        totals = self.totals
+        before = [kept.get(request, request.kept) for request in self.requests]
+        return numpy.stack((self.places, totals - numpy.array(before, numpy.int64), totals))
+
 
 class Moment(NamedTuple):
     """How things stood."""
@@ -227,6 +234,8 @@ class Engine:
         self.launched = torch.cuda.Event() if store.shape.device.type == "cuda" else None
         #: What the device has to reach, while the host does something beside it.
         self.computing: torch.cuda.Event | None = None
+        #: The prompts' parts that the next step's prefill is planned for already.
+        self.foreseen: numpy.ndarray | None = None
         #: Whether a request waits for memory.
         self.refused = False
         #: Whether one was ended in this step, for those that go on.
@@ -399,8 +408,8 @@ class Engine:
 
     def look_ahead(self, chunk: Chunk) -> None:
         """What the next step needs, while the device computes this one: memory for one more token of those that go on,
-        for the next parts of prompts, and for the first ones of requests that come; and the plan of its decodes. What
-        is refused here the next step asks for again."""
+        for the next parts of prompts, and for the first ones of requests that come; and its kernels' plans. What is
+        refused here the next step asks for again."""
         if self.launched:
             self.launched.record()
             self.computing = self.launched
@@ -428,6 +437,11 @@ class Engine:
         batch = self.batches.get(wide(len(places))) if len(places) and backed else None
         if batch and batch.ready:
             decoding.plan_ahead(batch, places, numpy.concatenate((decoding.kept[on] + 1, begun.totals - 1)))
+        self.foreseen = None
+        if parts and backed:
+            # Once: a second plan would wait until the device has copied the first one, after all that it computes now.
+            self.foreseen = parts.work(kept)
+            self.prefill.plan(*self.foreseen)
         while self.coming and left > 0 and not self.refused and self.busy():
             self.arrive()
             left = self.admit(parts, left)
@@ -466,7 +480,10 @@ class Engine:
         """The same, and of each request whose prompt this chunk ends."""
         decoding, room, totals = self.decoding, self.room, chunk.totals
         decodes, new = len(decoding), sum(chunk.new)
-        self.prefill.plan(chunk.places, numpy.array(chunk.new, numpy.int64), totals)
+        work, foreseen, self.foreseen = chunk.work({}), self.foreseen, None
+        # Places and lengths say all: no place changes hands between a step and the plan for it.
+        if foreseen is None or not numpy.array_equal(foreseen, work):
+            self.prefill.plan(*work)
         # The decodes' tokens come last: the batch's padding is behind them, in rows that are nobody's.
         asked, parts, at = list(range(new, new + decodes)), [], 0
         for request, count, end in zip(chunk.requests, chunk.new, totals.tolist()):

@@ -162,15 +162,18 @@ class FlashInferPrefill(Prefill):
         self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             workspace(store.shape.device), "NHD", backend=backend
         )
+        #: What the device has to reach before the wrapper's memory on the host may be written anew.
+        self.copied = torch.cuda.Event()
 
     def plan(self, places: numpy.ndarray, new: numpy.ndarray, totals: numpy.ndarray) -> None:
         store, shape = self.store, self.store.shape
         starts = numpy.zeros(len(new) + 1, numpy.int32)
         numpy.cumsum(new, out=starts[1:])
-        # It wants them on the host, and takes the pages to the device itself.
+        self.copied.synchronize()
+        # It wants them on the host, and takes them to the device itself; what is not pinned would wait for the device.
         self.wrapper.plan(
-            torch.from_numpy(starts),
-            *store.listed(places, totals, len(places)),
+            torch.from_numpy(starts).pin_memory(),
+            *(each.pin_memory() for each in store.listed(places, totals, len(places))),
             self.heads,
             shape.kv_heads,
             shape.head_dim,
@@ -179,6 +182,7 @@ class FlashInferPrefill(Prefill):
             q_data_type=shape.dtype,
             kv_data_type=shape.dtype,
         )
+        self.copied.record()
 
     def run(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
         self.wrapper.run(query, (self.store.page_keys[layer], self.store.page_values[layer]), out=out)
