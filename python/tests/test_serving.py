@@ -574,7 +574,7 @@ def test_what_was_planned_is_computed_whoever_comes_between(model: Model) -> Non
         def look_ahead(self, chunk: Any) -> None:
             super().look_ahead(chunk)
             if len(first.tokens) == 7:
-                assert self.decoding.ahead is not None
+                assert self.decodes.work is not None
                 self.waiting.append(second)
                 self.admit(Chunk(), 1)
 

@@ -81,8 +81,6 @@ class Decoding:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.places = self.kept = self.most = numpy.empty(0, numpy.int64)
-        #: The places that the next step is planned for already.
-        self.ahead: numpy.ndarray | None = None
 
     def replace(self, requests: list[Request]) -> None:
         """These from now on."""
@@ -92,20 +90,27 @@ class Decoding:
         self.kept = numpy.array([request.total - 1 for request in requests], numpy.int64)
         self.most = numpy.array([request.most for request in requests], numpy.int64)
 
-    def plan_ahead(self, batch: Batch, places: numpy.ndarray, kept: numpy.ndarray) -> None:
-        """The next step, it seems, will be for these, which have so many tokens before it."""
-        batch.plan(places, kept)
-        self.ahead = places
-
-    def plan(self, batch: Batch) -> None:
-        """This step is for those that are here. Where that was foreseen, nothing is left to do: no place changes hands
-        from one step's decodes to the next one's."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is None or not numpy.array_equal(ahead, self.places):
-            batch.plan(self.places, self.kept)
-
     def __len__(self) -> int:
         return len(self.requests)
+
+
+class Foresight:
+    """A kernel's plan, made while the step before is computed, of what the next one seems to be for. Places and lengths
+    say all: no place changes hands between a step and the plan for it."""
+
+    def __init__(self) -> None:
+        self.work: tuple[numpy.ndarray, ...] | None = None
+
+    def ahead(self, plan: Callable[..., None], *work: numpy.ndarray) -> None:
+        """The next step, it seems, will be for this."""
+        plan(*work)
+        self.work = work
+
+    def now(self, plan: Callable[..., None], *work: numpy.ndarray) -> None:
+        """This step is for this. Where it was foreseen, nothing is left to do."""
+        foreseen, self.work = self.work, None
+        if foreseen is None or not all(map(numpy.array_equal, foreseen, work)):
+            plan(*work)
 
 
 @dataclass
@@ -132,12 +137,12 @@ class Chunk:
         """How many tokens of each have keys and values afterwards."""
         return numpy.array([request.kept + new for request, new in zip(self.requests, self.new)], numpy.int64)
 
-    def work(self, kept: dict[Request, int]) -> numpy.ndarray:
+    def work(self, kept: dict[Request, int]) -> tuple[numpy.ndarray, ...]:
         """What a prefill is planned for: places, new tokens, and totals. `kept` says of which requests more is kept by
         then than now."""
         totals = self.totals
         before = [kept.get(request, request.kept) for request in self.requests]
-        return numpy.stack((self.places, totals - numpy.array(before, numpy.int64), totals))
+        return self.places, totals - numpy.array(before, numpy.int64), totals
 
 
 class Moment(NamedTuple):
@@ -234,8 +239,7 @@ class Engine:
         self.launched = torch.cuda.Event() if store.shape.device.type == "cuda" else None
         #: What the device has to reach, while the host does something beside it.
         self.computing: torch.cuda.Event | None = None
-        #: The prompts' parts that the next step's prefill is planned for already.
-        self.foreseen: numpy.ndarray | None = None
+        self.prefills, self.decodes = Foresight(), Foresight()
         #: Whether a request waits for memory.
         self.refused = False
         #: Whether one was ended in this step, for those that go on.
@@ -431,17 +435,17 @@ class Engine:
             # What was given up is for those that go on; the request would only be ended again.
             self.refused = not backed and bool(self.waiting)
             left = self.admit(parts, left) if backed else 0
-        decoding.ahead = None
+        self.decodes.work = self.prefills.work = None
         # Whoever goes on has the place in the batch that the next step will give it.
         places = numpy.concatenate((decoding.places[on], begun.places))
         batch = self.batches.get(wide(len(places))) if len(places) and backed else None
         if batch and batch.ready:
-            decoding.plan_ahead(batch, places, numpy.concatenate((decoding.kept[on] + 1, begun.totals - 1)))
-        self.foreseen = None
+            self.decodes.ahead(
+                batch.plan, places, numpy.concatenate((decoding.kept[on] + 1, begun.totals - 1))
+            )
         if parts and backed:
             # Once: a second plan would wait until the device has copied the first one, after all that it computes now.
-            self.foreseen = parts.work(kept)
-            self.prefill.plan(*self.foreseen)
+            self.prefills.ahead(self.prefill.plan, *parts.work(kept))
         while self.coming and left > 0 and not self.refused and self.busy():
             self.arrive()
             left = self.admit(parts, left)
@@ -471,22 +475,19 @@ class Engine:
     def decode_step(self) -> torch.Tensor:
         """Logits of one more token for each request that decodes."""
         batch, decoding = self.batch(len(self.decoding)), self.decoding
-        decoding.plan(batch)
+        self.decodes.now(batch.plan, decoding.places, decoding.kept)
         batch.fill([request.tokens[-1] for request in decoding.requests])
         self.report.graphed += batch.graph is not None
         return batch.run()[: len(self.decoding)]
 
     def mixed_step(self, chunk: Chunk) -> torch.Tensor:
         """The same, and of each request whose prompt this chunk ends."""
-        decoding, room, totals = self.decoding, self.room, chunk.totals
+        decoding, room, work = self.decoding, self.room, chunk.work({})
         decodes, new = len(decoding), sum(chunk.new)
-        work, foreseen, self.foreseen = chunk.work({}), self.foreseen, None
-        # Places and lengths say all: no place changes hands between a step and the plan for it.
-        if foreseen is None or not numpy.array_equal(foreseen, work):
-            self.prefill.plan(*work)
+        self.prefills.now(self.prefill.plan, *work)
         # The decodes' tokens come last: the batch's padding is behind them, in rows that are nobody's.
         asked, parts, at = list(range(new, new + decodes)), [], 0
-        for request, count, end in zip(chunk.requests, chunk.new, totals.tolist()):
+        for request, count, end in zip(chunk.requests, chunk.new, work[-1].tolist()):
             positions = numpy.arange(request.kept, end)
             rows = self.store.rows(request.place, positions)
             parts.append(numpy.stack((numpy.array(request.part(request.kept, end)), positions, rows)))
@@ -495,7 +496,7 @@ class Engine:
                 asked.append(at - 1)
         batch = self.batch(decodes, captured=False) if decodes else None
         if batch:
-            decoding.plan(batch)
+            self.decodes.now(batch.plan, decoding.places, decoding.kept)
             last = numpy.array([request.tokens[-1] for request in decoding.requests])
             parts.append(numpy.stack((last, decoding.kept, self.store.rows(decoding.places, decoding.kept))))
         prompts, others = slice(new), slice(new, new + (batch.width if batch else 0))

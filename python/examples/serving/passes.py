@@ -138,17 +138,14 @@ class Mixed(Pass):
         of keys and values, `[3, count]`; `attend` computes a layer's attention, from the room's `query` to its
         `attended`. Those of the pass before have been read."""
         count = lines.shape[1]
-        width = self.tiled(count) if self.replayed(count) else count
-        if self.replayed(count) and width not in self.graphs:
+        replayed = self.replayed(count)
+        width = self.tiled(count) if replayed else count
+        if replayed and width not in self.graphs:
             self.capture(width)
-        given = self.host[: 3 * width]
-        padded = given.view(3, width).numpy()
-        padded[:, :count] = lines
-        padded[:, count:] = [[0], [0], [self.store.spare_row]]
-        self.buffer[: 3 * width].copy_(given, non_blocking=True)
+        self.fill(lines, width)
         rows = torch.tensor(asked, dtype=torch.int64, pin_memory=self.on_card)
         rows = rows.to(self.model.device, non_blocking=True)
-        if self.replayed(count):
+        if replayed:
             for layer, graph in enumerate(self.graphs[width]):
                 graph.replay()
                 if layer < self.model.config.layers:
@@ -158,6 +155,14 @@ class Mixed(Pass):
                 attend(layer)
         return self.model.logits(self.room.normed[rows])
 
+    def fill(self, lines: numpy.ndarray, width: int) -> None:
+        """These are the tokens of a pass, and padding behind them."""
+        given, count = self.host[: 3 * width], lines.shape[1]
+        padded = given.view(3, width).numpy()
+        padded[:, :count] = lines
+        padded[:, count:] = [[0], [0], [self.store.spare_row]]
+        self.buffer[: 3 * width].copy_(given, non_blocking=True)
+
     def prepare(self) -> None:
         """Captures all that may be needed, the widest first: later ones then share its memory."""
         for width in reversed(range(TILE, self.tiled(self.most) + 1, TILE)):
@@ -165,10 +170,9 @@ class Mixed(Pass):
                 self.capture(width)
 
     def capture(self, width: int) -> None:
-        """Captures a pass of so many tokens, all of them padding meanwhile."""
-        lines = self.buffer[: 3 * width].view(3, width)
-        lines[:2] = 0
-        lines[2] = self.store.spare_row
+        """Captures a pass of so many tokens, all of them padding meanwhile. The device is done with it when this returns:
+        to be recorded waits for that."""
+        self.fill(numpy.empty((3, 0), numpy.int64), width)
         with aside():
             for _ in self.stretches(width):
                 pass

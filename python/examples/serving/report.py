@@ -32,9 +32,6 @@ plots.rcParams["svg.fonttype"] = "none"
 
 Runs = list[dict[str, Any]]
 
-PARTS = ["long", "decode", "online", "tight", "agreement", "kernels"]
-"""The files of a folder, in the order of the page."""
-
 COLOURS = {"vattn": "#1b6ca8", "paged": "#c8553d", "static": "#7a7a7a", "bound": "#d9b44a"}
 
 COLUMNS: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
@@ -83,7 +80,8 @@ def drawn(draw: Callable[[plots.Axes], None], title: str, x: str, y: str) -> str
     text = io.StringIO()
     figure.savefig(text, format="svg")
     plots.close(figure)
-    drawing = text.getvalue()[text.getvalue().index("<svg") :]
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
     # In a page it needs no names of namespaces, and who drew it is no news.
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
     drawing = re.sub(' xmlns(:xlink)?="[^"]*"', "", drawing)
@@ -325,7 +323,8 @@ def part_runs(told: dict[str, Any], kernels: Runs) -> str:
 
 def page(folder: Path) -> str:
     """All of it."""
-    paths = [path for name in PARTS if (path := folder / f"{name}.json").exists()]
+    # The runs first, then what they rest on.
+    paths = sorted(folder.glob("*.json"), key=lambda path: (path.stem in ("agreement", "kernels"), path.stem))
     told = {path.stem: json.loads(path.read_text()) for path in paths}
     # Those that ended before their first run are not there.
     told = {name: found for name, found in told.items() if any(found.get("results", {"": True}).values())}
