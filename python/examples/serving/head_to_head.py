@@ -307,7 +307,9 @@ def run_part(
         head["search"] = known.get("search") or find_load(model, options, stores["paged"])
         write(path, known | head)
         options.load *= head["search"]["load"]
-    if known.get("options", plain(options)) != plain(options):
+    asked = plain(options)
+    # More rounds than before are welcome.
+    if known.get("options", asked) | {"rounds": options.rounds} != asked:
         raise SystemExit(f"{path} is of other options than are asked for: name another folder, or remove it")
     found = compare(model, options, known.get("results"), lambda found: write(path, head | found))
     write(path, head | found | {"complete": True})
