@@ -16,8 +16,8 @@ Each part is a file in OUT, written after each run: what is there is not run aga
 time and called again. `--parts` names some. `paged` has, in each part, the pages and kernels whose own times are the
 least for that part's requests, in `tight` the smallest pages, which waste least; `vattn` has one layout and one size of
 pages throughout, `static` the contiguous kernels. `online` has a fourth, `bound`: `paged` if prefill's attention took
-no time, so what no kernel for prompts can do better. `--tiny` runs all but `check` and `kernels` with a tiny model on the
-processor, to show that it works.
+a copy's time, so what no kernel for prompts can do better. `--tiny` runs all but `check` and `kernels` with a tiny model
+on the processor, to show that it works.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ def run_part(
 ) -> None:
     """What one part finds, in its file; where that has a beginning, the rest."""
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if known.get("complete"):
+    rounds = known.get("options", {}).get("rounds", given.rounds)
+    if known.get("complete") and rounds >= given.rounds:
         return
     stores = dict(chosen(kernels, part, model, given))
     head = {
@@ -300,7 +301,7 @@ def run_part(
         write(path, head | agreement(model, stores, given) | {"complete": True})
         return
     if part == "online":
-        # How much less could it be at the most? `paged` again, where prefill's attention takes no time.
+        # How much less could it be at the most? `paged` again, where prefill's attention takes a copy's time.
         stores["bound"] = str(dataclasses.replace(Choice.read(stores["paged"]), prefill="none"))
     options = options_of(part, stores, given)
     if part == "online":

@@ -112,7 +112,7 @@ def label(run: dict[str, Any]) -> str:
 
 
 def short(run: dict[str, Any]) -> str:
-    """A store; or the bound, where prefill's attention took no time."""
+    """A store; or the bound, where prefill's attention took a copy's time."""
     return "bound" if run["prefill_kernel"] == "none" else run["store"]
 
 
