@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ import head_to_head
 import kernel_times
 import kernels
 import numpy
+import step_kernels
 from bench import fresh, summary
 from choices import Choice
 from engine import Chunk, Engine, Request
@@ -323,6 +325,22 @@ def test_each_part_has_the_kernels_that_are_best_for_it(traces: Path, model: Mod
     assert {stores["vattn"] for stores in found.values()} == {"vattn:64:fa3:flashinfer"}
     assert found["decode"]["paged"] == "paged:64:fa3:flashinfer"
     assert found["tight"]["paged"] == "paged:16:fa3:flashinfer"
+
+
+def test_what_a_run_computes_is_listed(traces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (
+        "--tiny --limit 4 --longest 1024 --most 4 --budget 0.06 --stores vattn,paged --answers 3 --top 400"
+    )
+    trace = traces / "azure_llm_2023_conv.csv"
+    assert step_kernels.main(["--trace", str(trace), "--load", "1000000", *options.split()]) == 0
+    said = capsys.readouterr().out
+    tables = said.split("paged: ")
+    assert len(tables) == 2 and tables[0].startswith("vattn: ")
+    for table in tables:
+        assert " steps with 4 parts of prompts, " in table
+        # One for each token of each answer, in each layer.
+        calls = re.search(r" (\d+) calls .* aten::scaled_dot_product_attention$", table, re.MULTILINE)
+        assert calls and int(calls[1]) == 4 * 3 * CONFIG.layers
 
 
 def test_all_of_it_makes_a_page(tmp_path: Path, traces: Path) -> None:

@@ -1,0 +1,72 @@
+"""What the device does while a trace is served: its kernels by name, as PyTorch's profiler saw them.
+
+    python step_kernels.py --trace azure_llm_2023_conv.csv --stores vattn:256,paged:256 --limit 60 --load 3 --answers 16
+
+With short answers most steps have parts of prompts in them. Times of steps are from a run without the profiler. Without
+a GPU, `--tiny` lists PyTorch's operations on the processor: it shows that this works.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+
+import torch
+from bench import Server, fresh, make_model, parser, requests_of, shape_of
+from choices import Choice
+from engine import Request
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+
+def kernels(server: Server, requests: list[Request]) -> list[tuple[str, int, float]]:
+    """What ran while the requests were served: names, how often, and milliseconds in all; the longest first."""
+    on_card = server.store.shape.device.type == "cuda"
+    with profile(
+        activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU], acc_events=True
+    ) as seen:
+        server.engine.run(requests)
+        if on_card:
+            torch.cuda.synchronize()
+    found = [
+        (each.key, each.count, (each.self_device_time_total if on_card else each.self_cpu_time_total) / 1e3)
+        for each in seen.key_averages()
+        if not on_card or each.device_type == DeviceType.CUDA
+    ]
+    return sorted(found, key=lambda entry: -entry[2])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serves the trace with each of the stores, and prints a table for each."""
+    made = parser()
+    made.description = __doc__
+    made.add_argument("--answers", type=int, default=16, help="the most tokens of an answer")
+    made.add_argument("--top", type=int, default=20, help="how many kernels are listed")
+    options = made.parse_args(arguments)
+    model = make_model(options)
+    requests = requests_of(model, options)
+
+    def short() -> list[Request]:
+        return [fresh([each], answer=min(each.answer, options.answers))[0] for each in requests]
+
+    with torch.inference_mode():
+        for text in options.stores.split(","):
+            server = Server(
+                model, shape_of(model, options), Choice.read(text, options.layout), chunk=options.chunk
+            )
+            try:
+                server.warm(requests[: options.warm_up])
+                server.engine.run(short())
+                report = server.engine.run(short())
+                mixed = [1e3 * (span.launching + span.computing) for span in report.spans if span.mixed]
+                print(f"{text}: {len(mixed)} steps with {len(report.prefills)} parts of prompts,", end=" ")
+                print(f"{statistics.mean(mixed):.2f} ms each in the mean; of all {len(report.spans)} steps:")
+                for name, count, spent in kernels(server, short())[: options.top]:
+                    print(f"{spent:10.2f} ms {count:8} calls {1e3 * spent / count:9.1f} us  {name[:100]}")
+            finally:
+                server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
