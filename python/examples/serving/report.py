@@ -140,8 +140,11 @@ def shares(results: dict[str, Runs], of: str, scale: float) -> Callable[[plots.A
             share = [(at + 1) / len(found) for at in range(len(found))]
             axes.plot(found, share, label=name, color=COLOURS.get(name))
         axes.set_xscale("log")
-        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            which(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+        low, high = axes.get_xlim()
+        few = high < 5 * low
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6) if few else ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
     return draw
 
