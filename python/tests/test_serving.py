@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -292,9 +293,10 @@ def test_a_choice_names_what_it_does_not_know() -> None:
             Choice.read(text)
 
 
-@pytest.fixture
-def traces(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few requests under the names of the real traces."""
+    tmp_path = tmp_path_factory.mktemp("traces")
     lengths = "num_prefill_tokens,num_decode_tokens\n"
     (tmp_path / "arxiv_long_offline.csv").write_text(lengths + "60000,5\n80000,9\n")
     (tmp_path / "sync_vs_async.csv").write_text(lengths + "1700,60\n1900,50\n1600,40\n")
@@ -337,59 +339,157 @@ def test_what_a_run_computes_is_listed(traces: Path, capsys: pytest.CaptureFixtu
     tables = said.split("paged: ")
     assert len(tables) == 2 and tables[0].startswith("vattn: ")
     for table in tables:
-        assert " steps with 4 parts of prompts, " in table
+        head = re.search(r"(\d+) steps with 4 parts of prompts, (.+) ms each .* all (\d+) steps:", table)
+        # The last tokens of answers are computed in steps of their own.
+        assert head and 0 < int(head[1]) < int(head[3]) and float(head[2]) > 0
+        times = [float(line.split()[0]) for line in table.splitlines()[1:]]
+        assert times == sorted(times, reverse=True) and len(times) > 20
         # One for each token of each answer, in each layer.
         calls = re.search(r" (\d+) calls .* aten::scaled_dot_product_attention$", table, re.MULTILINE)
         assert calls and int(calls[1]) == 4 * 3 * CONFIG.layers
 
 
-def test_all_of_it_makes_a_page(tmp_path: Path, traces: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--stores vattn,foo", "there is no store 'foo'"),
+        ("--answers 0", "'0' is no number of them; give 1 or more"),
+        ("--limit 0", "'0' is no number of them; give 1 or more"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(
+    given: str, said: str, traces: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = traces / "azure_llm_2023_conv.csv"
+    with pytest.raises(SystemExit):
+        step_kernels.main(["--tiny", "--trace", str(trace), *given.split()])
+    assert said in capsys.readouterr().err
+
+
+class Results:
+    """What the head to head has written, and the command to go on with it."""
+
+    def __init__(self, folder: Path, traces: Path) -> None:
+        self.folder, self.traces = folder, traces
+
+    def command(self, rounds: int, *more: str) -> list[str]:
+        return [str(self.folder), "--traces", str(self.traces), "--tiny", "--rounds", str(rounds), *more]
+
+    def part(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
+        return found
+
+    def cut(self, name: str, of: int, runs: int) -> None:
+        """As if a part had ended before the store of this number was served in the round after so many."""
+        found = self.part(name) | {"complete": False}
+        store = list(found["results"])[of]
+        del found["results"][store][runs:]
+        (self.folder / f"{name}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def one_round(traces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All parts in one command."""
     pytest.importorskip("matplotlib", reason="SKIP: matplotlib is not installed")
-    out = tmp_path / "out"
-    command = [FOLDER / "head_to_head.py", out, "--traces", traces, "--tiny", "--rounds"]
+    made = Results(tmp_path_factory.mktemp("head_to_head") / "results", traces)
+    command = [sys.executable, str(FOLDER / "head_to_head.py"), *made.command(1)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return made.folder
 
-    def run(rounds: int) -> str:
-        done = subprocess.run(
-            [sys.executable, *map(str, command), str(rounds)], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    run(1)
-    # What is there is not run again, one that was cut is gone on with, and so is each where more rounds are asked for.
-    cut = json.loads((out / "tight.json").read_text()) | {"complete": False}
-    whole = {name: list(runs) for name, runs in cut["results"].items()}
-    first, second, *_ = whole
-    cut["results"][first].pop()
-    (out / "tight.json").write_text(json.dumps(cut))
-    said = run(2)
-    assert said.count(", round 1: ") == 1 and f"{first}, round 1: " in said
-    assert said.count(", round 2: ") == 3 * 3 + 4
-    assert not run(1).count(", round ")
-    found = json.loads((out / "tight.json").read_text())
-    assert found["complete"] and found["options"]["rounds"] == 2
-    assert found["results"][second][0] == whole[second][0]
-    page = (out / "page.html").read_text()
-    assert "http" not in page
+@pytest.fixture
+def results(one_round: Path, traces: Path, tmp_path: Path) -> Results:
+    """The same, to be changed."""
+    return Results(Path(shutil.copytree(one_round, tmp_path / "results")), traces)
+
+
+def test_all_of_it_makes_a_page(results: Results) -> None:
+    page = (results.folder / "page.html").read_text()
+    assert "http" not in page and "not complete" not in page
     assert page.count("<svg") == 4 * 5 and "vattn (reference, reference, pages of 16)" in page
-    agreed = json.loads((out / "agreement.json").read_text())
+    assert "<td>bound: paged (none, " in page and "vattn to itself without CUDA graphs" in page
+    agreed = results.part("agreement")
     assert agreed["to_paged"]["vattn"]["positions"] == 8 * 24
     assert agreed["to_paged"]["vattn"]["largest"] < 1e-4 < agreed["to_paged"]["vattn"]["spread_of_logits"]
     assert agreed["without_graphs"]["largest"] == 0
-    assert list(json.loads((out / "online.json").read_text())["stores"]) == [
-        "vattn",
-        "paged",
-        "static",
-        "bound",
-    ]
+    assert list(results.part("online")["stores"]) == ["vattn", "paged", "static", "bound"]
     for part in ("long", "decode", "online", "tight"):
-        for runs in json.loads((out / f"{part}.json").read_text())["results"].values():
-            assert len(runs) == 2
+        for runs in results.part(part)["results"].values():
+            assert len(runs) == 1
             for run in runs:
                 # Every token of every prompt was computed, and a decode for each further token of the answers.
                 assert sum(new for new, _ in run["prefills"]) >= run["prompt_tokens"]
                 if not run["preempted"]:
                     assert run["decodes"]["requests"] == run["answer_tokens"] - run["requests"]
+
+
+def test_what_is_there_is_not_run_again(results: Results, capfd: pytest.CaptureFixture[str]) -> None:
+    before = results.part("tight")
+    first, second, *_ = before["results"]
+    results.cut("tight", 0, 0)
+    parts = "--parts", "online, tight"
+    assert head_to_head.main(results.command(2, *parts)) == 0
+    said = capfd.readouterr().out
+    # That one's first round, and another round for all.
+    assert said.count(", round 1: ") == 1 and f"{first}, round 1: " in said
+    assert said.count(", round 2: ") == 4 + 3
+    found = results.part("tight")
+    assert found["complete"] and found["results"][second][0] == before["results"][second][0]
+    # There are more than are asked for, and where one is not, it is run.
+    assert head_to_head.main(results.command(1, *parts)) == 0
+    assert ", round " not in capfd.readouterr().out
+    results.cut("tight", 1, 1)
+    assert head_to_head.main(results.command(1, *parts)) == 0
+    said = capfd.readouterr().out
+    assert said.count(", round ") == 1 and f"{second}, round 2: " in said
+    assert results.part("tight")["options"]["rounds"] == 2
+
+
+def test_what_another_run_began_is_left_as_it_is(results: Results) -> None:
+    online = results.folder / "online.json"
+    online.write_text(online.read_text().replace('"processor"', '"GPU"'))
+    for part, more, told in (
+        ("long", ["--layout", "per_layer"], "layout 'sliced', now 'per_layer'"),
+        ("online", [], "device 'GPU', now 'processor'"),
+    ):
+        before = (results.folder / f"{part}.json").read_text()
+        with pytest.raises(SystemExit, match=re.escape(told)):
+            head_to_head.main(results.command(2, "--parts", f"{part}, tight", *more))
+        assert (results.folder / f"{part}.json").read_text() == before
+    (results.folder / "long.json").write_text("")
+    with pytest.raises(SystemExit, match=r"long\.json is no part's file"):
+        head_to_head.main(results.command(1))
+
+
+def test_a_part_is_on_the_page_once_a_store_was_served(results: Results) -> None:
+    import report
+
+    for name in ("agreement", "long", "decode"):
+        (results.folder / f"{name}.json").unlink()
+    for store in (1, 2):
+        results.cut("tight", store, 0)
+    (results.folder / "online.json").write_text('{"search": {}, "complete": false}')
+    (results.folder / "other.json").write_text("[]")
+    page = report.page(results.folder)
+    assert page.count("<h2>") == 1 and "<h2>tight (not complete)</h2>" in page
+    assert "vattn (reference" in page and "static (reference" not in page
+
+
+def test_logits_are_compared_with_and_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Spy(Engine):
+        def __init__(self, *args: Any, graphs: bool = True, **options: Any) -> None:
+            asked.append((args[1].name, graphs))
+            super().__init__(*args, graphs=graphs, **options)
+
+    monkeypatch.setattr(head_to_head, "Engine", Spy)
+    given = argparse.Namespace(tiny=True, layout="sliced")
+    model = Model.random(CONFIG, 512, device="cpu", dtype=torch.float32)
+    found = head_to_head.agreement(model, {"vattn": "vattn", "paged": "paged"}, given)
+    assert asked == [("vattn", True), ("paged", True), ("paged", True), ("vattn", False)]
+    assert found["without_graphs"]["positions"] == 8 * 24
 
 
 def test_given_answers_are_what_is_answered(model: Model) -> None:
@@ -617,8 +717,39 @@ def test_what_was_planned_is_computed_whoever_comes_between(model: Model) -> Non
     assert [first.tokens, second.tokens] == right
 
 
+def test_a_plan_is_forgotten_with_the_step_that_it_was_for(model: Model) -> None:
+    """The first request stops early, and a step was planned that it does not need. The second one comes to the same place
+    and length, in other pages, and memory for that is there too late for a plan ahead."""
+    stop = by_itself(model, [4, 9, 2, 7], 2)[1]
+    first, second = Request([4, 9, 2, 7], 10, stop=stop), Request([8, 1, 6, 3, 5], 4)
+    right = [by_itself(model, request.prompt, request.answer) for request in (first, second)]
+
+    class Blind(Engine):
+        ahead = blind = False
+
+        def look_ahead(self, chunk: Any) -> None:
+            self.ahead = True
+            super().look_ahead(chunk)
+            self.ahead = False
+
+        def back(self, places: Any, totals: Any) -> bool:
+            return not (self.ahead and self.blind) and super().back(places, totals)
+
+    engine = Blind(model, store := Paged(shape(60), page_tokens=1))
+    engine.run([first])
+    assert engine.decodes.work is not None and first.tokens == right[0][:2]
+    store.scatter()
+    engine.blind = True
+    engine.run([second])
+    assert second.tokens == right[1]
+
+
 def test_without_prefills_attention_everything_else_is_done(model: Model) -> None:
-    """What the limit of a faster kernel is, is measured with it."""
+    """What the limit of a faster kernel is, is measured with it. It copies: a GPU multiplies zeros faster."""
+    query = torch.randn(5, 4, 16)
+    answer = torch.zeros_like(query)
+    kernels.NoPrefill(Paged(shape(100)), 4).run(0, query, answer)
+    assert torch.equal(answer, query)
     runs = [Engine(model, Paged(shape(2000)), prefill=kernel).run(requests(6)) for kernel in (None, "none")]
     whole, rest = ((run.steps, run.prefills, run.decodes) for run in runs)
     assert whole == rest

@@ -158,15 +158,18 @@ class Server:
             ]
         )
 
-    def serve(self, requests: list[Request]) -> dict[str, Any]:
-        """A run in numbers."""
+    def run(self, requests: list[Request]) -> Report:
+        """Serves them, and no garbage is collected meanwhile."""
         gc.collect()
         gc.disable()
         try:
-            report = self.engine.run(requests)
+            return self.engine.run(requests)
         finally:
             gc.enable()
-        return summary(requests, report) | {
+
+    def serve(self, requests: list[Request]) -> dict[str, Any]:
+        """A run in numbers."""
+        return summary(requests, self.run(requests)) | {
             "store": self.store.name,
             "page_tokens": self.store.page_tokens,
             "prefill_kernel": self.engine.prefill_name,
@@ -181,9 +184,11 @@ class Server:
         forget(device)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
+    """What a command line says of a trace and who serves it."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--trace", type=Path, required=True)
     made.add_argument(
         "--stores",
@@ -194,8 +199,7 @@ def parser() -> argparse.ArgumentParser:
         "--model", type=Path, help="a Hugging Face folder; without, random weights of Llama-3-8B's shape"
     )
     made.add_argument("--tiny", action="store_true", help="a tiny model on the processor")
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--limit", type=int, help="how many requests")
+    made.add_argument("--limit", type=positive, help="how many requests")
     made.add_argument("--skip", type=int, default=0, help="requests of the trace that come before them")
     made.add_argument("--load", type=float, default=1.0, help="divides the times between arrivals")
     made.add_argument("--shorten", type=float, default=1.0, help="divides the prompts' lengths")
@@ -205,8 +209,25 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--chunk", type=int, default=2048, help="tokens of a step")
     made.add_argument("--layout", default="sliced", type=lambda text: int(text) if text.isdigit() else text)
     made.add_argument("--warm-up", type=int, default=8)
-    made.add_argument("--json", type=Path)
     return made
+
+
+def positive(text: str) -> int:
+    """A number from 1."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of them; give 1 or more")
+    return int(text)
+
+
+def parsed(made: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """A command line whose stores there are."""
+    options = made.parse_args(arguments)
+    try:
+        for text in options.stores.split(","):
+            Choice.read(text)
+    except ValueError as error:
+        made.error(str(error))
+    return options
 
 
 def make_model(options: argparse.Namespace) -> Model:
@@ -308,12 +329,9 @@ def told(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs it."""
     made = parser()
-    options = made.parse_args(arguments)
-    try:
-        for text in options.stores.split(","):
-            Choice.read(text)
-    except ValueError as error:
-        made.error(str(error))
+    made.add_argument("--rounds", type=positive, default=3)
+    made.add_argument("--json", type=Path)
+    options = parsed(made, arguments)
     keep = partial(write, options.json) if options.json else lambda found: None
     compare(make_model(options), options, keep=keep)
     return 0

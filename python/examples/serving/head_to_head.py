@@ -13,7 +13,7 @@
 | `tight` | little memory: how many requests are under way at a time? |
 
 Each part is a file in OUT, written after each run: what is there is not run again, so all of it can be ended at any
-time and called again. `--parts` names some. `paged` has, in each part, the pages and kernels whose own times are the
+time and called again, with more `--rounds` too. `--parts` names some. `paged` has, in each part, the pages and kernels whose own times are the
 least for that part's requests, in `tight` the smallest pages, which waste least; `vattn` has one layout and one size of
 pages throughout, `static` the contiguous kernels. `online` has a fourth, `bound`: `paged` if prefill's attention took
 a copy's time, so what no kernel for prompts can do better. `--tiny` runs all but `check` and `kernels` with a tiny model
@@ -42,6 +42,7 @@ from bench import (
     make_model,
     parser,
     plain,
+    positive,
     quantiles,
     requests_of,
     shape_of,
@@ -282,13 +283,32 @@ def find_load(model: Model, options: argparse.Namespace, paged: str) -> dict[str
 # ---- all of it ----
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What is in a part's file, or nothing where there is none."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{path} is no part's file ({error}); remove it") from None
+
+
+def refuse_others(path: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
+    """A file is gone on with by what began it: the same machine, PyTorch, and options."""
+    was = {name: known.get(name, now[name]) for name in ("device", "torch")} | known.get("options", {})
+    is_now = {name: now[name] for name in ("device", "torch")} | now["options"]
+    other = [
+        f"{name} {was[name]!r}, now {is_now.get(name)!r}" for name in was if was[name] != is_now.get(name)
+    ]
+    if other:
+        raise SystemExit(f"{path} is of another run ({'; '.join(other)}): name another folder, or remove it")
+
+
 def run_part(
     part: str, path: Path, model: Model, kernels: list[dict[str, Any]], given: argparse.Namespace
 ) -> None:
     """What one part finds, in its file; where that has a beginning, the rest."""
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    rounds = known.get("options", {}).get("rounds", given.rounds)
-    if known.get("complete") and rounds >= given.rounds:
+    known = read(path)
+    rounds = known.get("options", {}).get("rounds", 0)
+    if known.get("complete") and (part == "agreement" or rounds >= given.rounds):
         return
     stores = dict(chosen(kernels, part, model, given))
     head = {
@@ -304,14 +324,16 @@ def run_part(
         # How much less could it be at the most? `paged` again, where prefill's attention takes a copy's time.
         stores["bound"] = str(dataclasses.replace(Choice.read(stores["paged"]), prefill="none"))
     options = options_of(part, stores, given)
-    if part == "online":
-        head["search"] = known.get("search") or find_load(model, options, stores["paged"])
-        write(path, known | head)
+    # There may be more than are asked for.
+    options.rounds = max(options.rounds, rounds)
+    if "search" in known:
+        head["search"] = known["search"]
+        options.load *= known["search"]["load"]
+    refuse_others(path, known, head | {"options": plain(options) | {"rounds": rounds}})
+    if part == "online" and "search" not in known:
+        head["search"] = find_load(model, options, stores["paged"])
+        write(path, head)
         options.load *= head["search"]["load"]
-    asked = plain(options)
-    # More rounds than before are welcome.
-    if known.get("options", asked) | {"rounds": options.rounds} != asked:
-        raise SystemExit(f"{path} is of other options than are asked for: name another folder, or remove it")
     found = compare(model, options, known.get("results"), lambda found: write(path, head | found))
     write(path, head | found | {"complete": True})
 
@@ -322,12 +344,12 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("out", type=Path)
     made.add_argument("--traces", type=Path, required=True, help="the folder of the traces")
     made.add_argument("--parts", default=",".join(PARTS))
-    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--rounds", type=positive, default=3)
     made.add_argument("--layout", default="sliced", type=lambda text: int(text) if text.isdigit() else text)
     made.add_argument("--tiny", action="store_true", help="a tiny model on the processor")
     made.add_argument("--model", type=Path, help="a Hugging Face folder; without, random weights")
     given = made.parse_args(arguments)
-    parts = given.parts.split(",")
+    parts = [part.strip() for part in given.parts.split(",")]
     if unknown := [part for part in parts if part not in PARTS]:
         made.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     given.out.mkdir(parents=True, exist_ok=True)
@@ -337,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
         for part, script, *options in (("check", check.__file__), ("kernels", kernel_times.__file__, times)):
             if part in parts:
                 subprocess.run([sys.executable, script, *options], check=True)
-    kernels = json.loads(times.read_text()) if times.exists() else {}
+    kernels = read(times)
     parts = [part for part in parts if part not in ("check", "kernels")]
     if parts and not given.tiny and not kernels.get("complete"):
         made.error(

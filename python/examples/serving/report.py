@@ -108,7 +108,8 @@ def middle(runs: Runs, of: Callable[[dict[str, Any]], float]) -> float:
 def label(run: dict[str, Any]) -> str:
     """A store with its kernels and pages."""
     pages = f", pages of {run['page_tokens']}" if run["page_tokens"] else ""
-    return f"{run['store']} ({run['prefill_kernel']}, {run['decode_kernel']}{pages})"
+    bound = "bound: " if short(run) == "bound" else ""
+    return f"{bound}{run['store']} ({run['prefill_kernel']}, {run['decode_kernel']}{pages})"
 
 
 def short(run: dict[str, Any]) -> str:
@@ -291,7 +292,7 @@ def part_agreement(told: dict[str, Any]) -> str:
 def part_runs(told: dict[str, Any], kernels: Runs) -> str:
     """One workload's tables and plots."""
     results = told["results"]
-    rounds = max(len(runs) for runs in results.values())
+    rounds = " to ".join(map(str, sorted({len(runs) for runs in results.values()})))
     options = ", ".join(
         f"{name.replace('_', ' ')} {Path(value).name if name == 'trace' else value}"
         for name, value in told["options"].items()
@@ -324,13 +325,21 @@ def part_runs(told: dict[str, Any], kernels: Runs) -> str:
     return "".join(blocks)
 
 
+def result(path: Path) -> dict[str, Any]:
+    """A part's file; nothing where it is none, or has no run yet."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or not {"entries", "to_paged", "results"} & found.keys():
+        return {}
+    if "results" in found:
+        found["results"] = {name: runs for name, runs in found["results"].items() if runs}
+    return found if found.get("results", True) else {}
+
+
 def page(folder: Path) -> str:
     """All of it."""
     # The runs first, then what they rest on.
     paths = sorted(folder.glob("*.json"), key=lambda path: (path.stem in ("agreement", "kernels"), path.stem))
-    told = {path.stem: json.loads(path.read_text()) for path in paths}
-    # Those that ended before their first run are not there.
-    told = {name: found for name, found in told.items() if any(found.get("results", {"": True}).values())}
+    told = {path.stem: found for path in paths if (found := result(path))}
     kernels = told.get("kernels", {}).get("entries", [])
     sections = [part_summary(told, kernels)]
     for name, found in told.items():
@@ -340,7 +349,8 @@ def page(folder: Path) -> str:
             block = part_agreement(found)
         else:
             block = part_runs(found, kernels)
-        sections.append(f"<h2>{html.escape(name)}</h2>{block}")
+        whole = "" if found.get("complete") else " (not complete)"
+        sections.append(f"<h2>{html.escape(name)}{whole}</h2>{block}")
     devices = ", ".join(sorted({found["device"] for found in told.values() if "device" in found}))
     return (
         f"<!doctype html><meta charset='utf-8'><title>One engine, three KV caches</title><style>{STYLE}</style>"

@@ -1,6 +1,7 @@
 """What the device does while a trace is served: its kernels by name, as PyTorch's profiler saw them.
 
-    python step_kernels.py --trace azure_llm_2023_conv.csv --stores vattn:256,paged:256 --limit 60 --load 3 --answers 16
+    python step_kernels.py --trace azure_llm_2023_conv.csv --skip 1000 --limit 60 --load 3.125 --answers 16 \
+        --stores vattn:256:fa3:flashinfer,paged:256:flashinfer:flashinfer
 
 With short answers most steps have parts of prompts in them. Times of steps are from a run without the profiler. Without
 a GPU, `--tiny` lists PyTorch's operations on the processor: it shows that this works.
@@ -12,7 +13,7 @@ import statistics
 import sys
 
 import torch
-from bench import Server, fresh, make_model, parser, requests_of, shape_of
+from bench import Server, fresh, make_model, parsed, parser, positive, requests_of, shape_of
 from choices import Choice
 from engine import Request
 from torch.autograd import DeviceType
@@ -38,11 +39,10 @@ def kernels(server: Server, requests: list[Request]) -> list[tuple[str, int, flo
 
 def main(arguments: list[str] | None = None) -> int:
     """Serves the trace with each of the stores, and prints a table for each."""
-    made = parser()
-    made.description = __doc__
-    made.add_argument("--answers", type=int, default=16, help="the most tokens of an answer")
-    made.add_argument("--top", type=int, default=20, help="how many kernels are listed")
-    options = made.parse_args(arguments)
+    made = parser(__doc__)
+    made.add_argument("--answers", type=positive, default=16, help="the most tokens of an answer")
+    made.add_argument("--top", type=positive, default=20, help="how many kernels are listed")
+    options = parsed(made, arguments)
     model = make_model(options)
     requests = requests_of(model, options)
 
@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             try:
                 server.warm(requests[: options.warm_up])
-                server.engine.run(short())
-                report = server.engine.run(short())
+                server.run(short())
+                report = server.run(short())
                 mixed = [1e3 * (span.launching + span.computing) for span in report.spans if span.mixed]
                 print(f"{text}: {len(mixed)} steps with {len(report.prefills)} parts of prompts,", end=" ")
                 print(f"{statistics.mean(mixed):.2f} ms each in the mean; of all {len(report.spans)} steps:")
