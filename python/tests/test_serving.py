@@ -29,7 +29,6 @@ import check
 import head_to_head
 import kernel_times
 import kernels
-import numpy
 import step_kernels
 from bench import fresh, summary
 from choices import Choice
@@ -296,18 +295,18 @@ def test_a_choice_names_what_it_does_not_know() -> None:
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few requests under the names of the real traces."""
-    tmp_path = tmp_path_factory.mktemp("traces")
+    folder = tmp_path_factory.mktemp("traces")
     lengths = "num_prefill_tokens,num_decode_tokens\n"
-    (tmp_path / "arxiv_long_offline.csv").write_text(lengths + "60000,5\n80000,9\n")
-    (tmp_path / "sync_vs_async.csv").write_text(lengths + "1700,60\n1900,50\n1600,40\n")
-    (tmp_path / "azure_llm_2023_conv.csv").write_text(
+    (folder / "arxiv_long_offline.csv").write_text(lengths + "60000,5\n80000,9\n")
+    (folder / "sync_vs_async.csv").write_text(lengths + "1700,60\n1900,50\n1600,40\n")
+    (folder / "azure_llm_2023_conv.csv").write_text(
         "TIMESTAMP,ContextTokens,GeneratedTokens\n"
         + "".join(
             f"2023-11-16 18:{15 + at // 60}:{at % 60:02}.6805900,{200 + at % 30},{5 + at % 9}\n"
             for at in range(1010)
         )
     )
-    return tmp_path
+    return folder
 
 
 def test_each_part_has_the_kernels_that_are_best_for_it(traces: Path, model: Model) -> None:
@@ -434,6 +433,8 @@ def test_what_is_there_is_not_run_again(results: Results, capfd: pytest.CaptureF
     # That one's first round, and another round for all.
     assert said.count(", round 1: ") == 1 and f"{first}, round 1: " in said
     assert said.count(", round 2: ") == 4 + 3
+    # The load to compare at is known.
+    assert not re.search(r"^load ", said, re.MULTILINE)
     found = results.part("tight")
     assert found["complete"] and found["results"][second][0] == before["results"][second][0]
     # There are more than are asked for, and where one is not, it is run.

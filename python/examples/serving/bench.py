@@ -316,6 +316,14 @@ def write(path: Path, found: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What was written there, or nothing where there is no file."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{path} is no part's file ({error}); remove it") from None
+
+
 def told(found: dict[str, Any]) -> str:
     """A run in a line."""
     tpot = f"{found['tpot']['p50'] * 1e3:.2f} ms" if found["tpot"] else "none"

@@ -13,18 +13,17 @@
 | `tight` | little memory: how many requests are under way at a time? |
 
 Each part is a file in OUT, written after each run: what is there is not run again, so all of it can be ended at any
-time and called again, with more `--rounds` too. `--parts` names some. `paged` has, in each part, the pages and kernels whose own times are the
-least for that part's requests, in `tight` the smallest pages, which waste least; `vattn` has one layout and one size of
-pages throughout, `static` the contiguous kernels. `online` has a fourth, `bound`: `paged` if prefill's attention took
-a copy's time, so what no kernel for prompts can do better. `--tiny` runs all but `check` and `kernels` with a tiny model
-on the processor, to show that it works.
+time and called again, with more `--rounds` too. `--parts` names some. `paged` has, in each part, the pages and kernels
+whose own times are the least for that part's requests, in `tight` the smallest pages, which waste least; `vattn` has one
+layout and one size of pages throughout, `static` the contiguous kernels. `online` has a fourth, `bound`: `paged` if
+prefill's attention took a copy's time, so what no kernel for prompts can do better. `--tiny` runs all but `check` and
+`kernels` with a tiny model on the processor, to show that it works.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 import statistics
 import subprocess
@@ -44,6 +43,7 @@ from bench import (
     plain,
     positive,
     quantiles,
+    read,
     requests_of,
     shape_of,
     write,
@@ -283,20 +283,16 @@ def find_load(model: Model, options: argparse.Namespace, paged: str) -> dict[str
 # ---- all of it ----
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What is in a part's file, or nothing where there is none."""
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"{path} is no part's file ({error}); remove it") from None
-
-
 def refuse_others(path: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
-    """A file is gone on with by what began it: the same machine, PyTorch, and options."""
-    was = {name: known.get(name, now[name]) for name in ("device", "torch")} | known.get("options", {})
-    is_now = {name: now[name] for name in ("device", "torch")} | now["options"]
+    """A file is gone on with by what began it: the same machine, PyTorch, and options; only rounds may be more."""
+
+    def began(found: dict[str, Any]) -> dict[str, Any]:
+        said = {name: found[name] for name in ("device", "torch") if name in found} | found.get("options", {})
+        return said | {"rounds": None}
+
+    was, is_now = began(known), began(now)
     other = [
-        f"{name} {was[name]!r}, now {is_now.get(name)!r}" for name in was if was[name] != is_now.get(name)
+        f"{name} {told!r}, now {is_now.get(name)!r}" for name, told in was.items() if told != is_now.get(name)
     ]
     if other:
         raise SystemExit(f"{path} is of another run ({'; '.join(other)}): name another folder, or remove it")
@@ -326,14 +322,12 @@ def run_part(
     options = options_of(part, stores, given)
     # There may be more than are asked for.
     options.rounds = max(options.rounds, rounds)
-    if "search" in known:
-        head["search"] = known["search"]
-        options.load *= known["search"]["load"]
-    refuse_others(path, known, head | {"options": plain(options) | {"rounds": rounds}})
-    if part == "online" and "search" not in known:
-        head["search"] = find_load(model, options, stores["paged"])
-        write(path, head)
+    if part == "online":
+        head["search"] = known.get("search") or find_load(model, options, stores["paged"])
         options.load *= head["search"]["load"]
+    refuse_others(path, known, head | {"options": plain(options)})
+    # The search is not made again, whenever this is ended.
+    write(path, known | head)
     found = compare(model, options, known.get("results"), lambda found: write(path, head | found))
     write(path, head | found | {"complete": True})
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy
 import torch
-from bench import write
+from bench import read, write
 from choices import Choice
 from kernels import DECODE, PREFILL, Decode, Prefill, names
 from model import Config
@@ -252,8 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = made.parse_args(arguments)
     device = torch.cuda.get_device_name()
     found: dict[str, Any] = {"device": device, "layers": LAYERS, "complete": False, "entries": []}
-    if options.out.exists():
-        found = json.loads(options.out.read_text())
+    found |= read(options.out)
     entries = found["entries"]
     awake()
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from dataclasses import replace
 
 import torch
 from bench import Server, fresh, make_model, parsed, parser, positive, requests_of, shape_of
@@ -26,7 +27,7 @@ def kernels(server: Server, requests: list[Request]) -> list[tuple[str, int, flo
     with profile(
         activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU], acc_events=True
     ) as seen:
-        server.engine.run(requests)
+        server.run(requests)
         if on_card:
             torch.cuda.synchronize()
     found = [
@@ -44,11 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--top", type=positive, default=20, help="how many kernels are listed")
     options = parsed(made, arguments)
     model = make_model(options)
-    requests = requests_of(model, options)
-
-    def short() -> list[Request]:
-        return [fresh([each], answer=min(each.answer, options.answers))[0] for each in requests]
-
+    requests = [
+        replace(each, answer=min(each.answer, options.answers)) for each in requests_of(model, options)
+    ]
     with torch.inference_mode():
         for text in options.stores.split(","):
             server = Server(
@@ -56,12 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
             )
             try:
                 server.warm(requests[: options.warm_up])
-                server.run(short())
-                report = server.run(short())
+                server.run(fresh(requests))
+                report = server.run(fresh(requests))
                 mixed = [1e3 * (span.launching + span.computing) for span in report.spans if span.mixed]
                 print(f"{text}: {len(mixed)} steps with {len(report.prefills)} parts of prompts,", end=" ")
                 print(f"{statistics.mean(mixed):.2f} ms each in the mean; of all {len(report.spans)} steps:")
-                for name, count, spent in kernels(server, short())[: options.top]:
+                for name, count, spent in kernels(server, fresh(requests))[: options.top]:
                     print(f"{spent:10.2f} ms {count:8} calls {1e3 * spent / count:9.1f} us  {name[:100]}")
             finally:
                 server.close()
